@@ -1,0 +1,243 @@
+"""The command line. A stage's module is imported when it is asked for, so that --help answers at once."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from stas.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RESUMABLE, EXIT_USAGE, InputDataError, StoppedEarly, UsageError
+
+EPILOG = "Exit codes: 0 done, 2 wrong option or recipe, 3 bad input data, 75 stopped early (the same command goes on)."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    logging.getLogger("stas").setLevel(logging.INFO)
+    try:
+        return options.command(options) or EXIT_OK
+    except UsageError as error:
+        return _fail(error, EXIT_USAGE)
+    except InputDataError as error:
+        return _fail(error, EXIT_BAD_INPUT)
+    except StoppedEarly as error:
+        return _fail(error, EXIT_RESUMABLE)
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"stas: {error}", file=sys.stderr)
+    return code
+
+
+def _preprocess(options: argparse.Namespace) -> None:
+    from stas.config import load_recipe
+    from stas.preprocess import preprocess
+
+    preprocess(
+        options.images,
+        options.annotations,
+        _workspace(options),
+        load_recipe(options.recipe, options.set),
+        masks=options.masks,
+        skip_bad=options.skip_bad,
+        workers=options.workers,
+    )
+
+
+def _train(options: argparse.Namespace) -> None:
+    from stas.config import load_recipe
+    from stas.train import train
+
+    train(load_recipe(options.recipe, options.set), _workspace(options), options.run, options.time_limit)
+
+
+def _infer(options: argparse.Namespace) -> None:
+    from stas.infer import infer
+
+    infer(
+        options.run,
+        options.images,
+        _workspace(options),
+        name=options.name,
+        checkpoint=options.checkpoint,
+        tta=options.tta,
+        threshold=options.threshold,
+        probabilities=options.probabilities,
+        held_out=options.held_out,
+    )
+
+
+def _vote(options: argparse.Namespace) -> None:
+    from stas.vote import vote
+
+    if options.members:
+        if options.runs or not options.out:
+            raise UsageError("vote: give either runs of a workspace, or --members DIR DIR DIR with --out DIR")
+        members, out = options.members, options.out
+    else:
+        workspace = _workspace(options)
+        members = [workspace.predictions(run) for run in options.runs]
+        out = options.out or workspace.predictions(options.name)
+    vote(
+        members,
+        out,
+        ties=options.ties,
+        weights=options.weights,
+        soft=options.soft,
+        threshold=options.threshold,
+        workers=options.workers,
+    )
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from stas.evaluate import evaluate
+
+    evaluate(
+        options.predictions,
+        options.truth,
+        options.out,
+        images=options.images,
+        label=options.label,
+        threshold=options.threshold,
+        sheets=options.sheets,
+    )
+
+
+def _recipes(options: argparse.Namespace) -> None:
+    from stas.config import recipes
+
+    print(recipes())
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from stas.config import load_recipe
+    from stas.doctor import doctor
+
+    recipe = load_recipe(options.recipe, options.set) if options.recipe else None
+    workspace = _workspace(options).root if options.workspace else None
+    return 0 if doctor(workspace, recipe) else 1
+
+
+def _workspace(options: argparse.Namespace):  # noqa: ANN202: Workspace is imported here
+    from stas.paths import Workspace, default_workspace
+
+    root = options.workspace or default_workspace()
+    if not root:
+        raise UsageError("no workspace: give --workspace DIR or set STAS_WORKSPACE")
+    return Workspace(Path(root))
+
+
+def seconds(text: str) -> float:
+    """Read a time such as 90m, 7.5h, 3600 or 8:00:00 as seconds."""
+    try:
+        if ":" in text:
+            hours, minutes, rest = (float(part) for part in text.split(":"))
+            value = hours * 3600 + minutes * 60 + rest
+        else:
+            unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:], 0)
+            value = float(text[:-1]) * unit if unit else float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: write 90m, 7.5h, 3600 (seconds) or 8:00:00")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="stas", description="Outline STAS in H&E images with an ensemble of segmentation networks.", epilog=EPILOG
+    )
+    stages = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_preprocess(stages)
+    _add_train(stages)
+    _add_infer(stages)
+    _add_vote(stages)
+    _add_evaluate(stages)
+    command = stages.add_parser("recipes", help="list the recipes with encoder, size and batch")
+    command.set_defaults(command=_recipes)
+    command = stages.add_parser("doctor", help="what this machine can run, and what will go wrong")
+    command.set_defaults(command=_doctor)
+    _add_workspace(command)
+    command.add_argument("--recipe", help="check whether this recipe can run; exit code 1 if not")
+    _add_set(command)
+    return parser
+
+
+def _add_preprocess(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = stages.add_parser("preprocess", help="images and annotations to one store of samples")
+    command.set_defaults(command=_preprocess)
+    command.add_argument("--images", type=Path, nargs="+", required=True, metavar="DIR")
+    command.add_argument(
+        "--annotations", type=Path, nargs="+", required=True, metavar="DIR", help="LabelMe JSON, or mask PNGs"
+    )
+    _add_workspace(command)
+    command.add_argument("--recipe", default="efficientnet_b6_ns", help="its data section counts (default: %(default)s)")
+    _add_set(command)
+    command.add_argument("--masks", type=Path, metavar="DIR", help="also write the masks as PNG")
+    command.add_argument("--skip-bad", action="store_true", help="go on without bad pairs instead of exit code 3")
+    command.add_argument("--workers", type=int, help="processes (default: all cores)")
+
+
+def _add_train(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = stages.add_parser("train", help="train one member; alone or under torchrun")
+    command.set_defaults(command=_train)
+    command.add_argument("--recipe", required=True, help="a name that `stas recipes` lists, or a YAML file")
+    _add_workspace(command)
+    command.add_argument("--run", help="name of the run (default: the recipe's)")
+    _add_set(command)
+    command.add_argument("--time-limit", type=seconds, metavar="TIME", help="all the run may take: 7.5h, 90m, 8:00:00")
+
+
+def _add_infer(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = stages.add_parser("infer", help="masks of a directory of images by one run; alone or under torchrun")
+    command.set_defaults(command=_infer)
+    command.add_argument("--run", required=True)
+    command.add_argument("--images", type=Path, required=True, metavar="DIR")
+    _add_workspace(command)
+    command.add_argument("--name", help="name of the prediction set (default: the run's)")
+    command.add_argument("--checkpoint", choices=("best", "last"), default="best")
+    command.add_argument(
+        "--tta", action=argparse.BooleanOptionalAction, default=None, help="average over the square's 8 symmetries"
+    )
+    command.add_argument("--threshold", type=float, help="probability above which a pixel is foreground")
+    command.add_argument("--probabilities", action="store_true", help="also write 16-bit probabilities")
+    command.add_argument("--held-out", action="store_true", help="only the images the run held out for validation")
+
+
+def _add_vote(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = stages.add_parser("vote", help="one mask per image by majority of the members")
+    command.set_defaults(command=_vote)
+    command.add_argument("runs", nargs="*", metavar="RUN", help="prediction sets of the workspace")
+    _add_workspace(command)
+    command.add_argument("--name", default="vote", help="name of the result (default: %(default)s)")
+    command.add_argument("--members", type=Path, nargs="+", metavar="DIR", help="directories of masks of any maker")
+    command.add_argument("--out", type=Path, metavar="DIR")
+    command.add_argument("--ties", choices=("foreground", "background"), help="what a tie becomes")
+    command.add_argument("--weights", type=float, nargs="+", metavar="W", help="one weight per member")
+    command.add_argument("--soft", action="store_true", help="mean of the probabilities instead of the masks")
+    command.add_argument("--threshold", type=float, help="members' values above this are foreground, in their units")
+    command.add_argument("--workers", type=int, help="threads (default: all cores)")
+
+
+def _add_evaluate(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = stages.add_parser("evaluate", help="scores and pictures of members and vote against the truth")
+    command.set_defaults(command=_evaluate)
+    command.add_argument("--predictions", type=Path, nargs="+", required=True, metavar="DIR")
+    command.add_argument("--truth", type=Path, required=True, metavar="DIR", help="LabelMe JSON or mask PNG")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR")
+    command.add_argument("--images", type=Path, metavar="DIR", help="for the pictures (default: the JSON's imagePath)")
+    command.add_argument("--label", default="STAS")
+    command.add_argument("--threshold", type=float, help="members' values above this are foreground, in their units")
+    command.add_argument("--sheets", type=int, default=9, help="how many pictures (default: %(default)s)")
+
+
+def _add_workspace(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--workspace", metavar="DIR", help="where the stages meet (default: STAS_WORKSPACE)")
+
+
+def _add_set(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change one value of the recipe; repeatable"
+    )

@@ -1,0 +1,295 @@
+"""Recipes: every hyperparameter of a member of the ensemble, in one YAML file.
+
+Precedence, later wins: the defaults in this file < the recipe file < `--set key=value`.
+An unknown or wrong key is refused with the valid ones listed.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from stas.errors import UsageError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, and closed to keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Split(Section):
+    """Which samples, in sorted order of their stems, are for validation."""
+
+    kind: Literal["first", "fraction", "list", "kfold"] = "first"
+    count: int = Field(237, ge=1, description="first: this many samples from the start")
+    fraction: float = Field(0.2, gt=0, lt=1, description="fraction: this share, drawn with `seed`")
+    folds: int = Field(5, ge=2, description="kfold: number of folds, stratified by foreground area")
+    fold: int = Field(0, ge=0, description="kfold: the fold for validation, from 0")
+    file: Path | None = Field(None, description="list: a text file with one stem per line")
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Split":
+        if self.kind == "list" and self.file is None:
+            raise ValueError("split kind 'list' needs data.split.file, a text file with one stem per line")
+        if self.fold >= self.folds:
+            raise ValueError(f"fold {self.fold} of {self.folds} folds: the first fold is 0, the last {self.folds - 1}")
+        return self
+
+
+class Data(Section):
+    """What the network sees."""
+
+    label: str = Field("STAS", description="LabelMe label that is foreground")
+    size: tuple[int, int] = Field((800, 800), description="height and width in pixels; one number makes a square")
+    intensity: Literal["minmax", "unit"] = Field(
+        "minmax", description="minmax: each image's own minimum and maximum to 0 and 1; unit: 0 to 255 to 0 and 1"
+    )
+    mean: tuple[float, float, float] | None = Field(None, description="RGB mean subtracted afterwards")
+    std: tuple[float, float, float] | None = Field(None, description="RGB standard deviation divided by afterwards")
+    split: Split = Split()
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _square(cls, value: Any) -> Any:
+        return (value, value) if isinstance(value, int) else value
+
+    @model_validator(mode="after")
+    def _sensible(self) -> "Data":
+        if not all(32 <= side <= 8192 for side in self.size):
+            raise ValueError(f"size {self.size} is not usable: each side must be 32 to 8192 pixels")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std go together: give both or neither")
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"std {self.std} must be above 0")
+        return self
+
+
+class Model(Section):
+    """A network with three input channels and one output channel (the foreground's logit)."""
+
+    library: Literal["smp", "monai"] = "smp"
+    architecture: str = Field("DeepLabV3Plus", description="class in segmentation_models_pytorch or monai.networks.nets")
+    encoder: str | None = Field("resnet34", description="smp only: an smp encoder, or a timm model as tu-<name>")
+    weights: str | None = Field("imagenet", description="smp only: the encoder's pretrained weights, or null")
+    options: dict[str, Any] = Field({}, description="further arguments of the architecture")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _monai_has_no_encoder(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("library") == "monai":
+            return {"encoder": None, "weights": None} | values
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Model":
+        if self.library == "monai" and (self.encoder or self.weights):
+            raise ValueError("MONAI networks have no encoder and no pretrained weights: set both to null")
+        if self.library == "smp" and not self.encoder:
+            raise ValueError("an smp architecture needs an encoder, such as resnet34 or tu-tf_efficientnet_lite0")
+        return self
+
+
+class Loss(Section):
+    """Weights of the terms that are added up; each term is one number per image."""
+
+    dice: float = Field(0.0, ge=0)
+    bce: float = Field(0.0, ge=0, description="binary cross entropy, mean over pixels")
+    focal: float = Field(0.0, ge=0, description="focal loss, mean over pixels")
+    tversky: float = Field(0.0, ge=0)
+    focal_gamma: float = Field(2.0, ge=0)
+    tversky_alpha: float = Field(0.5, ge=0, description="weight of false positives")
+    tversky_beta: float = Field(0.5, ge=0, description="weight of false negatives")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _dice_unless_said(cls, values: Any) -> Any:
+        terms = ("dice", "bce", "focal", "tversky")
+        if isinstance(values, dict) and not any(term in values for term in terms):
+            return values | {"dice": 1.0}
+        return values
+
+    @model_validator(mode="after")
+    def _some_term(self) -> "Loss":
+        if self.dice + self.bce + self.focal + self.tversky <= 0:
+            raise ValueError("every term of the loss has weight 0: give at least one of dice, bce, focal, tversky")
+        return self
+
+
+class Optimizer(Section):
+    name: Literal["adabelief", "adam", "adamw", "sgd"] = "adabelief"
+    lr: float = Field(1e-4, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    betas: tuple[float, float] = Field((0.9, 0.99), description="all but sgd")
+    eps: float = Field(1e-16, gt=0, description="all but sgd")
+    weight_decouple: bool = Field(True, description="adabelief: decay the weights apart from the gradient")
+    rectify: bool = Field(False, description="adabelief: RAdam's rectification")
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd")
+    nesterov: bool = Field(False, description="sgd")
+
+
+class Schedule(Section):
+    """The learning rate as a function of the share of all steps that is done."""
+
+    name: Literal["constant", "cosine", "onecycle"] = "constant"
+    warmup: float = Field(
+        0.0, ge=0, lt=1, description="share of all steps in which the rate rises to lr, on a line (onecycle: a cosine)"
+    )
+    start: float = Field(0.04, ge=0, le=1, description="the rate at the first step of the warm-up, relative to lr")
+    end: float = Field(0.0, ge=0, le=1, description="cosine, onecycle: the rate at the last step, relative to lr")
+
+    @model_validator(mode="after")
+    def _onecycle_rises(self) -> "Schedule":
+        if self.name == "onecycle" and self.warmup == 0:
+            raise ValueError("onecycle needs schedule.warmup above 0, such as 0.3; without a warm-up use cosine")
+        return self
+
+
+class Augment(Section):
+    """Random changes of a training sample. 0 switches one off."""
+
+    rot90: float = Field(0.0, ge=0, le=1, description="probability of a rotation by 90, 180 or 270 degrees")
+    flip: float = Field(0.0, ge=0, le=1, description="probability of a flip, for each axis")
+    dihedral: bool = Field(False, description="each of the square's 8 symmetries equally often")
+    color: float = Field(0.0, ge=0, le=1, description="strength of brightness, contrast and channel jitter")
+    stain: float = Field(0.0, ge=0, le=1, description="strength of haematoxylin and eosin jitter")
+
+
+class Train(Section):
+    batch: int = Field(16, ge=1, description="images a step over all ranks together")
+    epochs: int = Field(500, ge=1)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = False
+    compile: bool = False
+    seed: int = Field(0, ge=0)
+
+
+class Infer(Section):
+    batch: int = Field(4, ge=1, description="images at once on each rank")
+    threshold: float = Field(0.5, gt=0, lt=1, description="a pixel is foreground when its probability is above this")
+    tta: bool = Field(False, description="average the logits over the square's 8 symmetries")
+
+
+class Recipe(Section):
+    """One member of the ensemble."""
+
+    name: str
+    summary: str = ""
+    data: Data = Data()
+    model: Model = Model()
+    loss: Loss = Loss(dice=1.0)
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    augment: Augment = Augment()
+    train: Train = Train()
+    infer: Infer = Infer()
+
+    @model_validator(mode="after")
+    def _square_when_rotated(self) -> "Recipe":
+        height, width = self.data.size
+        if height != width and (self.augment.rot90 or self.augment.dihedral):
+            raise ValueError(
+                f"augment.rot90 and augment.dihedral turn {height} x {width} images into {width} x {height}, "
+                "which cannot stand in one batch: use a square data.size, or augment.flip"
+            )
+        return self
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Load a recipe and apply `--set` overrides.
+
+    Args:
+        name: the name of a packaged recipe, or the path of a YAML file.
+        overrides: strings such as "train.epochs=20"; the value is read as YAML.
+
+    Raises:
+        UsageError: no such recipe, or a key or value that is not valid.
+    """
+    path = RECIPES / f"{name}.yaml" if name in recipe_names() else Path(name)
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        raise UsageError(f"no recipe {name!r}: give a YAML file, or one of {', '.join(recipe_names())}")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"{path}: not readable as YAML ({error})") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: a recipe is a mapping of sections, found {type(values).__name__}")
+    values.setdefault("name", path.stem)
+    for override in overrides:
+        _apply(values, override)
+    return parse_recipe(values, str(path))
+
+
+def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
+    """Validate a recipe that stands in `source` (named in errors).
+
+    Raises:
+        UsageError: lists every wrong key with its value, the requirement, and for unknown keys the valid ones.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        problems = "\n".join(f"  {_explain(problem)}" for problem in error.errors())
+        raise UsageError(f"{source}: not a valid recipe:\n{problems}") from error
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, defaults included; `parse_recipe` reads it back to an equal one."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def recipes() -> str:
+    """A table of the packaged recipes: name, network, size and batch."""
+    rows = [("recipe", "architecture", "encoder", "size", "batch", "summary")]
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        size = " x ".join(map(str, recipe.data.size))
+        rows.append(
+            (name, recipe.model.architecture, recipe.model.encoder or "-", size, str(recipe.train.batch), recipe.summary)
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[5]]).rstrip()
+        for row in rows
+    )
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Set one dotted key of the nested mapping `values` in place."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UsageError(f"--set {override!r}: write key=value, such as train.epochs=20")
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UsageError(f"--set {override!r}: {section!r} is a value, not a section")
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {override!r}: the value is not readable as YAML ({error})") from error
+
+
+def _explain(problem: Any) -> str:
+    """One pydantic problem as 'key = value: requirement'."""
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location) or "recipe"
+    if problem["type"] == "extra_forbidden":
+        section: Any = Recipe
+        for part in location[:-1]:
+            section = section.model_fields[part].annotation
+        return f"{key}: unknown key; valid here: {', '.join(section.model_fields)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if isinstance(problem["input"], dict):
+        return f"{key}: {message}"
+    return f"{key} = {problem['input']!r}: {message}"

@@ -1,0 +1,75 @@
+"""Ranks: the only reader of torchrun's variables, and the few things that ranks say to each other."""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one rank that writes files and speaks."""
+        return self.rank == 0
+
+
+@contextmanager
+def join_ranks() -> Iterator[Ranks]:
+    """Join the other ranks when torchrun started this process; alone, be the only one.
+
+    On a GPU tensors travel by NCCL; everywhere small facts on the CPU travel by gloo.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if rank:
+        logging.getLogger("stas").setLevel(logging.WARNING)
+    if size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Ranks(rank, size, device)
+    finally:
+        if size > 1:
+            dist.destroy_process_group()
+
+
+def sum_over_ranks(values: Sequence[float]) -> list[float]:
+    """Each value summed over all ranks, in double precision."""
+    if not dist.is_initialized():
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether any rank says yes; all ranks get the same answer, so that all stop at the same step."""
+    return sum_over_ranks([float(flag)])[0] > 0
+
+
+def copy_from_first(module: torch.nn.Module) -> None:
+    """Give every rank the first rank's buffers (running statistics), as the reference kept one GPU's."""
+    if dist.is_initialized():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        sum_over_ranks([0.0])

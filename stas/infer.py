@@ -1,0 +1,205 @@
+"""Outline a directory of images with one trained member: one mask per image, at the image's own size."""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from stas import distributed
+from stas.checkpoint import Checkpoint, load_checkpoint
+from stas.config import Recipe, parse_recipe
+from stas.distributed import Ranks
+from stas.errors import InputDataError, UsageError
+from stas.files import read_json, sha256
+from stas.images import image_size, list_images, read_image, write_mask, write_probability
+from stas.loader import prefetch
+from stas.model import build_network
+from stas.paths import Workspace, manifest, prediction, probability
+from stas.predictions import check_replaceable, is_finished, named, publish, write_manifest
+from stas.progress import bar
+from stas.store import area_resize
+from stas.transforms import normalise, scale_intensity
+
+log = logging.getLogger(__name__)
+
+
+def infer(
+    run: str,
+    images: Path,
+    workspace: Workspace,
+    name: str | None = None,
+    checkpoint: str = "best",
+    tta: bool | None = None,
+    threshold: float | None = None,
+    probabilities: bool = False,
+    held_out: bool = False,
+) -> Path:
+    """Predict a mask for every image of a directory, the images shared among the ranks.
+
+    Needs the checkpoint only: the recipe is in it. A run cut off goes on with the images that are missing.
+
+    Args:
+        run: the training run.
+        images: directory of images, of any size and aspect.
+        name: the prediction set to make; the run's name where None.
+        checkpoint: best or last.
+        tta: average over the square's 8 symmetries; as the recipe says where None.
+        threshold: a pixel is foreground when its probability is above this; as the recipe says where None.
+        probabilities: also write probabilities as 16-bit PNG.
+        held_out: only the images that the run held out for validation.
+
+    Returns:
+        The directory of the masks.
+
+    Raises:
+        InputDataError: an image or the checkpoint cannot be read.
+        UsageError: the prediction set exists for other images.
+    """
+    out = workspace.predictions(name or run)
+    path = workspace.run(run).checkpoint(checkpoint)
+    loaded = load_checkpoint(path)
+    recipe = parse_recipe(loaded.facts["recipe"], str(path))
+    files = list_images(images)
+    if held_out:
+        files = _held_out(files, loaded.facts["validation"], images)
+    key = {
+        "run": run,
+        "checkpoint": sha256(path),
+        "tta": recipe.infer.tta if tta is None else tta,
+        "threshold": recipe.infer.threshold if threshold is None else threshold,
+        "probabilities": probabilities,
+        "images": {stem: sha256(file) for stem, file in files.items()},
+    }
+    with distributed.join_ranks() as ranks:
+        if is_finished(out, key):
+            log.info("%s: the masks of %d images are there; nothing to do", out, len(files))
+            return out
+        _check_same_images(out, key)
+        digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
+        partial = out.with_name(f".{out.name}.{digest}.partial")
+        partial.mkdir(parents=True, exist_ok=True)
+        _predict_share(loaded, recipe, files, partial, key, ranks)
+        distributed.barrier()
+        if ranks.first:
+            _finish(partial, out, key, files)
+        distributed.barrier()
+    return out
+
+
+def predict_logits(network: nn.Module, images: Tensor, tta: bool) -> Tensor:
+    """Foreground logits of a batch, averaged over the square's 8 symmetries where `tta`.
+
+    Args:
+        images: (N, 3, H, W), float32, as the network was trained to see them.
+
+    Returns:
+        (N, 1, H, W), float32.
+    """
+    if not tta:
+        return network(images).float()
+    total = torch.zeros_like(images[:, :1])
+    for turns in range(4):
+        for flip in (False, True):
+            turned = torch.rot90(images.flip(-1) if flip else images, turns, (-2, -1))
+            logits = torch.rot90(network(turned).float(), -turns, (-2, -1))
+            total += logits.flip(-1) if flip else logits
+    return total / 8
+
+
+def _predict_share(
+    loaded: Checkpoint, recipe: Recipe, files: dict[str, Path], partial: Path, key: dict[str, Any], ranks: Ranks
+) -> None:
+    """Write the masks of every `ranks.size`-th image that `partial` does not have yet."""
+    share = list(files)[ranks.rank :: ranks.size]
+    todo = [stem for stem in share if not _is_done(partial, stem, key["probabilities"])]
+    network = build_network(recipe.model, recipe.data.size, pretrained=False)
+    network.load_state_dict(loaded.network)
+    network.to(ranks.device).eval()
+    if recipe.train.channels_last:
+        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    writing: list[Future[None]] = []
+    batches = prefetch(_batches(todo, files, recipe))
+    with ThreadPoolExecutor(2) as pool, torch.inference_mode():
+        for stems, images, sizes in bar(batches, -(-len(todo) // recipe.infer.batch), "infer", show=ranks.first):
+            with torch.autocast(
+                ranks.device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"
+            ):  # fp16 trains with a scaler; its predictions are made in fp32
+                logits = predict_logits(network, images.to(ranks.device), key["tta"])
+            for stem, logit, size in zip(stems, logits, sizes, strict=True):
+                full = torch.sigmoid(interpolate(logit[None], size, mode="bilinear"))[0, 0].cpu().numpy()
+                writing.append(pool.submit(_write, partial, stem, full, key["threshold"], key["probabilities"]))
+            while len(writing) > 4 * recipe.infer.batch:  # bounds the memory of masks that wait
+                writing.pop(0).result()
+        for future in writing:
+            future.result()
+
+
+def _batches(
+    stems: Sequence[str], files: dict[str, Path], recipe: Recipe
+) -> Iterator[tuple[list[str], Tensor, list[tuple[int, int]]]]:
+    """Yield stems, the network's input (N, 3, H, W) and the images' own (height, width)."""
+    remaining = iter(stems)
+    with ThreadPoolExecutor(recipe.infer.batch) as pool:
+        while together := list(islice(remaining, recipe.infer.batch)):
+            read = list(pool.map(lambda stem: _read(files[stem], recipe), together))
+            yield together, torch.stack([image for image, _ in read]), [size for _, size in read]
+
+
+def _read(file: Path, recipe: Recipe) -> tuple[Tensor, tuple[int, int]]:
+    """One image exactly as the store would hand it to training: area-resized, rounded to 8 bit, scaled."""
+    image = read_image(file)
+    small = area_resize(image, recipe.data.size).round().astype(np.uint8)
+    scaled = scale_intensity(small, float(image.min()), float(image.max()), recipe.data)
+    return normalise(scaled, recipe.data), (image.shape[0], image.shape[1])
+
+
+def _write(partial: Path, stem: str, full: NDArray[np.float32], threshold: float, probabilities: bool) -> None:
+    if probabilities:  # first, because the mask is the sign that an image is done
+        write_probability(probability(partial, stem), full)
+    write_mask(prediction(partial, stem), full > threshold)
+
+
+def _is_done(partial: Path, stem: str, probabilities: bool) -> bool:
+    return prediction(partial, stem).exists() and (not probabilities or probability(partial, stem).exists())
+
+
+def _held_out(files: dict[str, Path], stems: Sequence[str], images: Path) -> dict[str, Path]:
+    missing = [stem for stem in stems if stem not in files]
+    if missing:
+        raise InputDataError(f"{images}: {len(missing)} of the run's {len(stems)} held-out images are not there: {named(missing)}")
+    return {stem: files[stem] for stem in sorted(stems)}
+
+
+def _check_same_images(out: Path, key: dict[str, Any]) -> None:
+    """A newer checkpoint's masks replace older ones; masks of other images are not thrown away."""
+    check_replaceable(out)
+    if not manifest(out).exists():
+        return
+    before = read_json(manifest(out)).get("key", {}).get("images", {})
+    lost = sorted(before.keys() - key["images"].keys())
+    if lost:
+        raise UsageError(
+            f"{out} holds masks of {len(lost)} images that are not among these ({named(lost)}): "
+            "give this set another name with --name, or remove the old one"
+        )
+
+
+def _finish(partial: Path, out: Path, key: dict[str, Any], files: dict[str, Path]) -> None:
+    sizes = {stem: image_size(prediction(partial, stem)) for stem in files}
+    images = {stem: {"height": height, "width": width} for stem, (height, width) in sizes.items()}
+    write_manifest(partial, {"key": key, "images": images, "probabilities": key["probabilities"]})
+    publish(partial, out)
+    for leftover in out.parent.glob(f".{out.name}.*.partial"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    log.info("%s: masks of %d images", out, len(files))

@@ -1,0 +1,80 @@
+"""Networks: images (N, 3, H, W) float32 to foreground logits (N, 1, H, W)."""
+
+import inspect
+
+import monai.networks.nets
+import segmentation_models_pytorch as smp
+from torch import Tensor, nn
+
+from stas.config import Model
+from stas.errors import UsageError
+from stas.weights import encoder_arguments, load_encoder_weights
+
+
+def build_network(model: Model, size: tuple[int, int], pretrained: bool) -> nn.Module:
+    """Build the network of a recipe.
+
+    The reference also built an auxiliary classification head that no loss ever reached; it is left out.
+
+    Args:
+        model: the recipe's section.
+        size: (height, width) of its input in pixels, which some architectures have to know.
+        pretrained: load the encoder's weights; False where a checkpoint's follow.
+
+    Raises:
+        UsageError: no such architecture or encoder, options or size that do not fit it, or weights that cannot be had.
+    """
+    return _build_smp(model, size, pretrained) if model.library == "smp" else _build_monai(model, size)
+
+
+def _build_smp(model: Model, size: tuple[int, int], pretrained: bool) -> nn.Module:
+    architectures = {name: value for name, value in vars(smp).items() if hasattr(value, "check_input_shape")}
+    if model.architecture not in architectures:
+        raise UsageError(f"model.architecture = {model.architecture!r}: smp has {', '.join(sorted(architectures))}")
+    arguments = encoder_arguments(model) if pretrained else {"encoder_weights": None}
+    try:
+        network = architectures[model.architecture](
+            encoder_name=model.encoder, in_channels=3, classes=1, **arguments, **model.options
+        )
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise UsageError(
+            f"{model.architecture} with encoder {model.encoder!r} and options {model.options} cannot be built: {error}"
+        ) from error
+    stride = network.encoder.output_stride if network.requires_divisible_input_shape else 1
+    if any(side % stride for side in size):
+        raise UsageError(
+            f"data.size {size[0]} x {size[1]} does not suit {model.architecture}: make both divisible by {stride}"
+        )
+    if pretrained:
+        load_encoder_weights(network.encoder, model)
+    return network
+
+
+def _build_monai(model: Model, size: tuple[int, int]) -> nn.Module:
+    architecture = getattr(monai.networks.nets, model.architecture, None)
+    parameters = inspect.signature(architecture).parameters if inspect.isclass(architecture) else {}
+    if architecture is None or "out_channels" not in parameters:
+        raise UsageError(
+            f"model.architecture = {model.architecture!r}: monai.networks.nets has no such network with out_channels; "
+            "UNet, UNETR, SwinUNETR and ViTAutoEnc are some that have"
+        )
+    given = {"spatial_dims": 2, "in_channels": 3, "out_channels": 1, "img_size": size}
+    arguments = {key: value for key, value in given.items() if key in parameters} | model.options
+    try:
+        return FirstOutput(architecture(**arguments))
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UsageError(
+            f"MONAI's {model.architecture} with {arguments} cannot be built: {error}; model.options holds its arguments"
+        ) from error
+
+
+class FirstOutput(nn.Module):
+    """Some of MONAI's networks return hidden states after the prediction; keep the prediction."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        output = self.network(images)
+        return output[0] if isinstance(output, tuple) else output

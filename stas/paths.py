@@ -1,0 +1,116 @@
+"""Every file name in a workspace, and the only reader of the `STAS_*` environment variables.
+
+    workspace/
+        stores/<key>/           data.mdb, manifest.json: an immutable store of samples
+        stores/<dataset>.json   which store was last made for this label and size
+        runs/<run>/             recipe.yaml, split.json, metrics.jsonl, curves.png, tensorboard/, checkpoints/
+        predictions/<name>/     <stem>.png, probabilities/<stem>.png, manifest.json
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from stas.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The one directory on a shared volume through which the stages meet."""
+
+    root: Path
+
+    @property
+    def stores(self) -> Path:
+        return self.root / "stores"
+
+    def store(self, key: str) -> Path:
+        return self.stores / key
+
+    def dataset(self, label: str, size: tuple[int, int]) -> Path:
+        """The pointer to the newest store for a label and a (height, width) in pixels."""
+        return self.stores / f"{_checked('label', label)}-{size[0]}x{size[1]}.json"
+
+    def run(self, name: str) -> "RunPaths":
+        return RunPaths(self.root / "runs" / _checked("run", name))
+
+    def predictions(self, name: str) -> Path:
+        return self.root / "predictions" / _checked("prediction set", name)
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The files of one training run."""
+
+    root: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.root / "recipe.yaml"
+
+    @property
+    def split(self) -> Path:
+        return self.root / "split.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def curves(self) -> Path:
+        return self.root / "curves.png"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    def checkpoint(self, which: str) -> Path:
+        """`which` is best, last or previous."""
+        return self.root / "checkpoints" / f"{which}.safetensors"
+
+
+def manifest(directory: Path) -> Path:
+    """The manifest of a store or of a set of predictions."""
+    return directory / "manifest.json"
+
+
+def store_data(store: Path) -> Path:
+    """The LMDB data file of a store."""
+    return store / "data.mdb"
+
+
+def prediction(directory: Path, stem: str) -> Path:
+    """One image's mask: 8-bit L, 0 or 255, the image's own size."""
+    return directory / f"{stem}.png"
+
+
+def probability(directory: Path, stem: str) -> Path:
+    """One image's foreground probability: 16-bit, 0 to 65535."""
+    return directory / "probabilities" / f"{stem}.png"
+
+
+def default_workspace() -> str | None:
+    """STAS_WORKSPACE: the workspace of a command that names none."""
+    return os.environ.get("STAS_WORKSPACE")
+
+
+def weights_directory() -> Path | None:
+    """STAS_WEIGHTS_DIR: pretrained weights for machines without network."""
+    value = os.environ.get("STAS_WEIGHTS_DIR")
+    return Path(value) if value else None
+
+
+def cache_directory() -> Path | None:
+    """STAS_CACHE_DIR: node-local disk to which a store on a network file system is copied."""
+    value = os.environ.get("STAS_CACHE_DIR")
+    return Path(value) if value else None
+
+
+def _checked(what: str, name: str) -> str:
+    """A name that is one plain path component, so that no name leads out of the workspace."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}", name):
+        raise UsageError(
+            f"{what} {name!r} cannot be a directory name: use 1 to 100 letters, digits and _ . + -, not beginning with a dot"
+        )
+    return name

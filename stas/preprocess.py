@@ -1,0 +1,257 @@
+"""preprocess: images and annotations become one store, which training reads."""
+
+import logging
+import multiprocessing
+import signal
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stas.annotations import Annotation, rasterise, read_labelme
+from stas.config import Data, Recipe
+from stas.errors import InputDataError, UsageError
+from stas.images import read_grey, read_image, write_mask
+from stas.pairs import Pair, cores, find_pairs, pair_hashes, skipped, store_key
+from stas.paths import Workspace, manifest, prediction
+from stas.predictions import read_member_mask
+from stas.progress import bar
+from stas.split import split_samples
+from stas.store import Skipped, Store, point_to
+from stas.store_writer import Record, Source, build_store, make_record
+
+log = logging.getLogger(__name__)
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a worker needs to make one sample."""
+
+    pair: Pair
+    label: str
+    size: tuple[int, int]
+
+
+def preprocess(
+    images: Sequence[Path],
+    annotations: Sequence[Path],
+    workspace: Workspace,
+    recipe: Recipe,
+    masks: Path | None = None,
+    skip_bad: bool = False,
+    workers: int | None = None,
+) -> Path:
+    """Make the store for a recipe's label and size, unless it is there.
+
+    Args:
+        images: directories of images; a stem may stand in only one of them.
+        annotations: directories of LabelMe JSON files and of mask PNGs, each with the stem of its image.
+        workspace: where the store goes.
+        recipe: its data section counts.
+        masks: a directory that gets each sample's mask as PNG at the image's own size.
+        skip_bad: leave bad pairs out and list them in the manifest, instead of failing.
+        workers: processes; by default one for each core this process may use.
+
+    Returns:
+        The store's directory.
+
+    Raises:
+        InputDataError: bad pairs, all of them listed with file, reason and remedy; nothing is stored then.
+        UsageError: no shape has the label, or the recipe's split does not suit the samples (the store is kept).
+    """
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers {workers}: must be 1 or more")
+    data = recipe.data
+    workspace.dataset(data.label, data.size)  # refuses a label that no file can be named after, before the work
+    pairs, bad = find_pairs(images, annotations)
+    directory = workspace.store(store_key(data.label, data.size, pairs, bad))
+    if manifest(directory).is_file():
+        log.info("%s is there already, made of the same files", directory)
+        _check_skipped(Store(directory).skipped, skip_bad)
+    else:
+        _build(directory, pairs, bad, data, skip_bad, workers or cores())
+    store = Store(directory)
+    if masks is not None:
+        _write_masks(store, masks)
+    point_to(workspace, store)
+    _report(store)
+    training, validation = split_samples(store.samples, data.split)
+    print(f"split  {data.split.kind}: {len(training)} for training, {len(validation)} for validation")
+    return directory
+
+
+def make_sample(task: Task) -> Record | Skipped:
+    """Read, check and resize one pair. Runs in a worker process."""
+    pair = task.pair
+    blamed = pair.annotation
+    try:
+        annotation = read_labelme(pair.annotation) if pair.annotation.suffix.lower() == ".json" else None
+        blamed = pair.image or pair.annotation
+        image = read_image(_image_source(pair, annotation))
+        blamed = pair.annotation
+        mask = _mask(pair.annotation, annotation, (image.shape[0], image.shape[1]), task.label)
+        if pair_hashes(pair.annotation, pair.image, annotation) != (pair.annotation_sha256, pair.image_sha256):
+            raise InputDataError(f"{blamed}: it or its image changed while being read: run the command again")
+    except (InputDataError, OSError) as error:
+        return skipped(blamed, error)
+    source = Source(
+        stem=pair.stem,
+        image=pair.image.name if pair.image else pair.annotation.name,
+        image_sha256=pair.image_sha256,
+        annotation=pair.annotation.name,
+        annotation_sha256=pair.annotation_sha256,
+    )
+    return make_record(source, image, mask, task.size)
+
+
+def ordered_map(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[Result]:
+    """Map over processes, in order, with at most two results a worker in flight, so that memory stays flat.
+
+    One worker means this process.
+    """
+    if workers == 1:
+        yield from map(function, items)
+        return
+    # Not fork: the caller may have threads. The server imports this module once for all workers.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    pool = ProcessPoolExecutor(workers, context, initializer=_ignore_interrupt)
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            if len(waiting) == 2 * workers:
+                yield waiting.popleft().result()
+            waiting.append(pool.submit(function, item))
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise InputDataError(
+            "a worker process was killed, most likely for want of memory: give fewer with --workers"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _build(
+    directory: Path, pairs: Sequence[Pair], bad: Sequence[Skipped], data: Data, skip_bad: bool, workers: int
+) -> None:
+    """Build the store, looking at every pair before failing."""
+    tasks = [Task(pair, data.label, data.size) for pair in pairs]
+    with build_store(directory, data.label, data.size) as writer:
+        writer.skipped += bad
+        results = ordered_map(make_sample, tasks, max(1, min(workers, len(tasks))))
+        for result in bar(results, len(tasks), "preprocess"):
+            if not isinstance(result, Record):
+                writer.skipped.append(result)
+            elif skip_bad or not writer.skipped:  # else the store will not come to be
+                writer.add(result)
+        writer.skipped.sort(key=lambda entry: entry["file"])
+        _check_skipped(writer.skipped, skip_bad)
+        if not writer.samples:
+            raise InputDataError("no usable pair of image and annotation is left: repair some of the files above")
+        if not any(sample["area"] for sample in writer.samples):
+            _check_label([pair.annotation for pair in pairs], data.label)
+
+
+def _ignore_interrupt() -> None:
+    """Leave Ctrl-C to the parent, which stops the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _image_source(pair: Pair, annotation: Annotation | None) -> Path | bytes:
+    if pair.image is not None:
+        return pair.image
+    if annotation is None or annotation.image_data is None:
+        raise InputDataError(
+            f"{pair.annotation}: its embedded image is gone since it was hashed: run the command again"
+        )
+    return annotation.image_data
+
+
+def _mask(path: Path, annotation: Annotation | None, size: tuple[int, int], label: str) -> NDArray[np.bool_]:
+    """The foreground at the image's (height, width), from LabelMe's shapes or from a mask PNG."""
+    if annotation is not None:
+        _check_size(path, annotation.size or size, size)
+        return rasterise(annotation.shapes, size, label)
+    mask, graded = read_member_mask(path)
+    if graded:
+        raise InputDataError(
+            f"{path}: its values are not only 0 and one of 1, 255 and 65535, so where the foreground begins is "
+            "a choice: save it with 0 and 255"
+        )
+    _check_size(path, (mask.shape[0], mask.shape[1]), size)
+    return mask
+
+
+def _check_size(path: Path, declared: tuple[int, int], size: tuple[int, int]) -> None:
+    if declared != size:
+        raise InputDataError(
+            f"{path}: made for {declared[1]} x {declared[0]} pixels (width x height), but its image has {size[1]} x "
+            f"{size[0]}: give the image it was drawn on, or annotate this one anew"
+        )
+
+
+def _check_skipped(entries: Sequence[Skipped], skip_bad: bool) -> None:
+    """Fail because of bad pairs, or say that they are left out."""
+    listing = "\n".join(f"  {entry['file']}: {entry['reason']}. Remedy: {entry['remedy']}" for entry in entries)
+    if entries and not skip_bad:
+        raise InputDataError(
+            f"{len(entries)} files cannot be used:\n{listing}\nrepair them, or leave them out with --skip-bad"
+        )
+    if entries:
+        log.warning("%d files are left out:\n%s", len(entries), listing)
+
+
+def _check_label(annotations: Sequence[Path], label: str) -> None:
+    """Tell a misspelt label from a data set that has nothing to find."""
+    labels: Counter[str] = Counter()
+    for path in annotations:
+        if path.suffix.lower() == ".json":
+            try:
+                labels += read_labelme(path).labels
+            except InputDataError:
+                continue  # listed as bad already
+    if labels and label not in labels:
+        found = ", ".join(f"{name} ({count})" for name, count in labels.most_common(10))
+        raise UsageError(f"data.label {label!r}: no shape has it; there are {found}: use --set data.label=...")
+    log.warning("no sample has any foreground: a network learns nothing from them")
+
+
+def _write_masks(store: Store, directory: Path) -> None:
+    """Write each sample's mask as PNG, except where the file has the same pixels."""
+    written = 0
+    for index, sample in enumerate(bar(store.samples, len(store), "masks")):
+        mask, path = store.full_mask(index), prediction(directory, sample["stem"])
+        if not _holds(path, mask):
+            write_mask(path, mask)
+            written += 1
+    log.info("%s: %d masks written, %d were there", directory, written, len(store) - written)
+
+
+def _holds(path: Path, mask: NDArray[np.bool_]) -> bool:
+    try:
+        return path.is_file() and np.array_equal(read_grey(path), mask * np.uint8(255))
+    except InputDataError:
+        return False
+
+
+def _report(store: Store) -> None:
+    """Print what the store holds."""
+    shares = np.array([100 * sample["area"] / (sample["height"] * sample["width"]) for sample in store.samples])
+    height, width = store.size
+    print(f"store  {store.directory}")
+    print(
+        f"       {len(store)} samples of label {store.label}, {height} x {width} pixels, {len(store.skipped)} left out"
+    )
+    print(
+        f"       foreground {shares.min():.2f} to {shares.max():.2f} % of an image, median {np.median(shares):.2f} %; "
+        f"{np.count_nonzero(shares == 0)} without any"
+    )

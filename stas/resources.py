@@ -1,0 +1,137 @@
+"""What this process, its node and its GPUs use right now. A reading that cannot be had is left out."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+GIB = 2**30
+
+
+def usage() -> dict[str, float]:
+    """Take all readings; never raises because one is missing.
+
+    Returns:
+        Flat mapping; memory in GiB, utilisation in percent of time:
+        host_rss_gib (this process), host_used_gib, host_available_gib, host_total_gib (the node),
+        cgroup_used_gib and cgroup_limit_gib (only where the limit is below the node's memory),
+        shm_used_gib, shm_total_gib, and for each visible GPU gpu0_used_gib, gpu0_total_gib, gpu0_util_percent.
+    """
+    return {**_host(), **_shared_memory(), **_gpus()}
+
+
+def cgroup_memory(
+    membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> tuple[int, int] | None:
+    """(bytes used, bytes allowed) of the tightest memory limit above this process, cgroup version 1 or 2.
+
+    A parent's limit binds as well as one's own, so all directories from the process's group up to the root are read;
+    inside a container the group's path may not exist under the root, and then the root alone counts.
+    None where nothing limits the memory.
+    """
+    found = []
+    for line in _text(membership).splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            base, used_name, limit_name = root, "memory.current", "memory.max"
+        elif "memory" in controllers.split(","):
+            base, used_name, limit_name = root / "memory", "memory.usage_in_bytes", "memory.limit_in_bytes"
+        else:
+            continue
+        own = base / group.lstrip("/")
+        for directory in (own, *own.parents):
+            limit = _text(directory / limit_name).strip()
+            if limit.isdigit() and int(limit) < 2**60:  # version 1 writes "no limit" as nearly 2**63
+                used = _text(directory / used_name).strip()
+                found.append((int(limit), int(used) if used.isdigit() else 0))
+            if directory == base:
+                break
+    if not found:
+        return None
+    limit, used = min(found)
+    return used, limit
+
+
+def visible_gpus(count: int, visible: str | None) -> list[int | str]:
+    """The GPUs that CUDA shows, in its order, as NVML index or UUID.
+
+    Args:
+        count: GPUs that NVML counts.
+        visible: CUDA_VISIBLE_DEVICES; None where it is not set. As in CUDA, its first wrong entry ends the list.
+    """
+    if visible is None:
+        return list(range(count))
+    gpus: list[int | str] = []
+    for entry in (part.strip() for part in visible.split(",")):
+        if entry.startswith(("GPU-", "MIG-")):
+            gpus.append(entry)
+        elif entry.isdigit() and int(entry) < count:
+            gpus.append(int(entry))
+        else:
+            break
+    return gpus
+
+
+@contextmanager
+def nvml() -> Iterator[Any]:
+    """NVIDIA's management library, opened and closed.
+
+    Raises:
+        ImportError: the package nvidia-ml-py is missing.
+        pynvml.NVMLError: there is no driver.
+    """
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        yield pynvml
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _host() -> dict[str, float]:
+    readings: dict[str, float] = {}
+    with suppress(Exception):  # psutil raises kinds of its own, and the package itself may be missing
+        import psutil
+
+        memory = psutil.virtual_memory()
+        readings["host_rss_gib"] = psutil.Process().memory_info().rss / GIB
+        readings["host_used_gib"] = memory.used / GIB
+        readings["host_available_gib"] = memory.available / GIB
+        readings["host_total_gib"] = memory.total / GIB
+    cgroup = cgroup_memory()
+    if cgroup is not None and cgroup[1] / GIB < readings.get("host_total_gib", float("inf")):
+        readings["cgroup_used_gib"], readings["cgroup_limit_gib"] = cgroup[0] / GIB, cgroup[1] / GIB
+    return readings
+
+
+def _shared_memory() -> dict[str, float]:
+    with suppress(OSError):
+        disk = shutil.disk_usage("/dev/shm")
+        return {"shm_used_gib": disk.used / GIB, "shm_total_gib": disk.total / GIB}
+    return {}
+
+
+def _gpus() -> dict[str, float]:
+    """Readings of each visible GPU; GPU parts (MIG) have memory but no utilisation."""
+    readings: dict[str, float] = {}
+    with suppress(Exception), nvml() as library:  # no package, no driver, or a GPU that has fallen off the bus
+        gpus = visible_gpus(library.nvmlDeviceGetCount(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+        for number, gpu in enumerate(gpus):
+            with suppress(library.NVMLError):
+                by_index = isinstance(gpu, int)
+                find = library.nvmlDeviceGetHandleByIndex if by_index else library.nvmlDeviceGetHandleByUUID
+                handle = find(gpu)
+                memory = library.nvmlDeviceGetMemoryInfo(handle)
+                readings[f"gpu{number}_used_gib"] = memory.used / GIB
+                readings[f"gpu{number}_total_gib"] = memory.total / GIB
+                readings[f"gpu{number}_util_percent"] = float(library.nvmlDeviceGetUtilizationRates(handle).gpu)
+    return readings
+
+
+def _text(path: Path) -> str:
+    with suppress(OSError, UnicodeDecodeError):
+        return path.read_text()
+    return ""

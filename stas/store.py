@@ -1,0 +1,307 @@
+"""The store: an immutable, content-addressed LMDB file of samples, with a manifest.
+
+For each sample: the image at the recipe's size (raw uint8 RGB), the mask at the same size (uint8, the covered share of
+each pixel times 255), and the mask at the image's own size (one bit a pixel, packed and compressed).
+
+LMDB maps its file into memory, which its documentation forbids on remote file systems: there the file is written on
+local disk and copied, and copied to local disk before it is read.
+"""
+
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import zlib
+from pathlib import Path
+from typing import TypedDict
+
+import lmdb
+import numpy as np
+from numpy.typing import NDArray
+
+from stas.config import Data
+from stas.errors import InputDataError, UsageError
+from stas.files import atomic_write, read_json, write_json
+from stas.filesystems import on_network
+from stas.paths import Workspace, cache_directory, manifest, store_data
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+COPY_BLOCK = 16 << 20
+ROWS_AT_ONCE = 32  # of a resized image, so that the sums stay in the processor's cache
+_MAKE_AGAIN = "delete the store and run `stas preprocess` again"
+
+
+class Sample(TypedDict):
+    """A manifest's entry for one sample."""
+
+    stem: str
+    sha256: str  # of the three records, in the order image, mask, full mask
+    height: int  # of the original, pixels
+    width: int
+    min: int  # smallest and largest value of the original image over all channels, 0 to 255
+    max: int
+    area: int  # foreground pixels of the original mask
+    image: str  # names and SHA-256 of the sources
+    image_sha256: str
+    annotation: str
+    annotation_sha256: str
+
+
+class Skipped(TypedDict):
+    """A manifest's entry for a file that could not be used."""
+
+    file: str
+    reason: str
+    remedy: str
+
+
+def area_resize(
+    array: NDArray[np.uint8] | NDArray[np.bool_] | NDArray[np.float32], size: tuple[int, int]
+) -> NDArray[np.float32]:
+    """Resize as MONAI's Resize does in its default mode 'area', which is torch's adaptive_avg_pool2d.
+
+    Output pixel i is the plain mean of the input pixels floor(i * in / out) up to ceil((i + 1) * in / out), so a pixel
+    on a border counts fully on both sides. OpenCV's INTER_AREA weighs it by overlap: up to 17 grey levels off.
+
+    Args:
+        array: (height, width) or (height, width, channels); smaller or larger than `size`.
+        size: (height, width) of the result.
+
+    Returns:
+        The same number of dimensions, float32, in the units of `array` (bool as 0 and 1), not rounded.
+    """
+    channels = array.shape[2] if array.ndim == 3 else 1
+    top, tall = _bins(array.shape[0], size[0])
+    left, wide = _bins(array.shape[1], size[1])
+    kind = _sum_type(array.dtype, int(tall.max()) * int(wide.max()))
+    starts = (left[:, None] * channels + np.arange(channels)).ravel()
+    counts = np.repeat(wide, channels)
+    flat = array.reshape(array.shape[0], -1)
+    result = np.empty((size[0], len(starts)), np.float32)
+    for first in range(0, size[0], ROWS_AT_ONCE):
+        block = slice(first, first + ROWS_AT_ONCE)
+        rows = _sum_bins(flat, top[block], tall[block], 1, 0, kind)
+        sums = _sum_bins(rows, starts, counts, channels, 1, kind)
+        areas = np.multiply.outer(tall[block].astype(np.float32), counts.astype(np.float32))
+        np.divide(sums, areas, out=result[block])
+    return result.reshape(*size, *array.shape[2:])
+
+
+class Store:
+    """A finished store, opened in each process when it is first read, so that it may be forked and pickled.
+
+    Attributes:
+        directory: where it is.
+        key: its content key.
+        label: the label that is foreground.
+        size: (height, width) of its images and masks in pixels.
+        samples: one entry for each sample, in sorted order of the stems.
+        skipped: the files that could not be used when it was built.
+    """
+
+    def __init__(self, directory: Path, network: bool | None = None) -> None:
+        """Read the manifest.
+
+        Args:
+            directory: the store.
+            network: whether it is on a network file system; found out if None.
+
+        Raises:
+            InputDataError: no manifest, one of another version, or a data file of another size than it says.
+        """
+        self.directory = directory
+        content = read_json(manifest(directory))
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise InputDataError(f"{directory}: not a store of format {FORMAT}: {_MAKE_AGAIN}")
+        self.key: str = content["key"]
+        self.label: str = content["label"]
+        self.size: tuple[int, int] = (content["size"][0], content["size"][1])
+        self.samples: list[Sample] = content["samples"]
+        self.skipped: list[Skipped] = content["skipped"]
+        self._bytes: int = content["bytes"]
+        self._network = network
+        data = store_data(directory)
+        found = data.stat().st_size if data.is_file() else 0
+        if found != self._bytes:
+            raise InputDataError(f"{data}: {found} bytes, the manifest says {self._bytes}: {_MAKE_AGAIN}")
+        self._file: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def image(self, index: int) -> NDArray[np.uint8]:
+        """The image at the store's size: RGB, (H, W, 3), uint8, writable."""
+        return self._read(index, "image").reshape(*self.size, 3)
+
+    def mask(self, index: int) -> NDArray[np.uint8]:
+        """The mask at the store's size: (H, W), uint8, the covered share of each pixel times 255, writable."""
+        return self._read(index, "mask").reshape(self.size)
+
+    def full_mask(self, index: int) -> NDArray[np.bool_]:
+        """The mask at the image's own size: (height, width), bool, writable."""
+        sample = self.samples[index]
+        shape = sample["height"], sample["width"]
+        packed = np.frombuffer(zlib.decompress(self._read(index, "full").tobytes()), np.uint8)
+        return np.unpackbits(packed, count=shape[0] * shape[1]).view(np.bool_).reshape(shape)
+
+    def verify(self) -> None:
+        """Compare every record with its hash in the manifest.
+
+        Raises:
+            InputDataError: names the first damaged sample.
+        """
+        for index, sample in enumerate(self.samples):
+            parts = [self._read(index, part).tobytes() for part in ("image", "mask", "full")]
+            if digest(*parts) != sample["sha256"]:
+                raise InputDataError(f"{self.directory}: sample {sample['stem']} is damaged: {_MAKE_AGAIN}")
+
+    def close(self) -> None:
+        """Let go of the data file; it is opened again when it is read."""
+        if self._file is not None:
+            _close(self._file)
+
+    def _read(self, index: int, part: str) -> NDArray[np.uint8]:
+        if not 0 <= index < len(self.samples):
+            raise IndexError(f"sample {index} of a store of {len(self.samples)}")
+        if self._file is None:
+            self._file = self._local_file()
+        with _environment(self._file).begin(buffers=True) as transaction:
+            data = transaction.get(record_key(index, part))
+            if data is None:
+                raise InputDataError(
+                    f"{self.directory}: sample {self.samples[index]['stem']} has no {part}: {_MAKE_AGAIN}"
+                )
+            return np.array(np.frombuffer(data, np.uint8))  # copied, because the buffer ends with the transaction
+
+    def _local_file(self) -> Path:
+        """The data file where LMDB may map it: on a network file system a node-local copy, read once in sequence."""
+        data = store_data(self.directory)
+        if not (on_network(self.directory) if self._network is None else self._network):
+            return data.resolve()
+        cache = local_disk() / f"stas-{os.getuid()}"
+        cache.mkdir(mode=0o700, exist_ok=True)
+        copy = cache.resolve() / f"{self.key}.mdb"
+        with (cache / f"{self.key}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # all ranks of a node come at once, and one copy is enough
+            if not copy.is_file() or copy.stat().st_size != self._bytes:
+                log.info("copying %s to %s, because LMDB must not be read on a network file system", data, copy)
+                copy_file(data, copy)
+        return copy
+
+
+def open_store(workspace: Workspace, data: Data) -> Store:
+    """Open the newest store for a recipe's label and size.
+
+    Raises:
+        UsageError: there is none.
+    """
+    pointer = workspace.dataset(data.label, data.size)
+    if not pointer.is_file():
+        raise UsageError(
+            f"{pointer}: no store of label {data.label} at {data.size[0]} x {data.size[1]} pixels: "
+            "run `stas preprocess` with the same --workspace, --recipe and --set"
+        )
+    return Store(workspace.store(read_json(pointer)["store"]))
+
+
+def point_to(workspace: Workspace, store: Store) -> None:
+    """Make `store` the one that `open_store` finds for its label and size."""
+    pointer = workspace.dataset(store.label, store.size)
+    content = {"store": store.key}
+    if not pointer.is_file() or read_json(pointer) != content:
+        write_json(pointer, content)
+
+
+_environments: dict[Path, tuple[int, lmdb.Environment]] = {}
+_opening = threading.Lock()
+
+
+def _environment(file: Path) -> lmdb.Environment:
+    """The process's environment for a file: LMDB allows one, and none that was opened before a fork."""
+    process, environment = _environments.get(file, (0, None))
+    if environment is not None and process == os.getpid():
+        return environment
+    with _opening:
+        process, environment = _environments.get(file, (0, None))
+        if environment is not None and process == os.getpid():
+            return environment
+        if environment is not None:
+            environment.close()  # the parent's own stays open
+        environment = lmdb.open(str(file), subdir=False, readonly=True, lock=False, readahead=False)
+        _environments[file] = (os.getpid(), environment)
+        return environment
+
+
+def _close(file: Path) -> None:
+    with _opening:
+        _, environment = _environments.pop(file, (0, None))
+        if environment is not None:
+            environment.close()
+
+
+def record_key(index: int, part: str) -> bytes:
+    return f"{index:08d}/{part}".encode()
+
+
+def digest(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _bins(before: int, after: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """First input pixel and number of input pixels of each of `after` output pixels."""
+    positions = np.arange(after)
+    starts = positions * before // after
+    return starts, -(-(positions + 1) * before // after) - starts
+
+
+def _sum_type(kind: np.dtype, count: int) -> type[np.generic]:
+    """The narrowest type in which `count` values of type `kind` are added exactly."""
+    if kind not in (np.uint8, np.bool_):
+        return np.float64
+    return np.uint16 if count * 255 <= 65535 else np.uint32
+
+
+def _sum_bins(
+    array: NDArray, starts: NDArray[np.intp], counts: NDArray[np.intp], stride: int, axis: int, kind: type[np.generic]
+) -> NDArray:
+    """Sum `counts[i]` entries of a 2-D array along an axis, from `starts[i]` in steps of `stride`.
+
+    Bins overlap and differ by one in length, so the first entries of all bins are taken at once, then the second ...
+    """
+    total = array.take(starts, axis).astype(kind, copy=False)
+    for further in range(1, int(counts.max())):
+        longer = np.flatnonzero(counts > further)
+        part = array.take(starts[longer] + further * stride, axis)
+        if len(longer) == len(starts):
+            total += part
+        elif axis == 0:
+            total[longer] += part
+        else:
+            total[:, longer] += part
+    return total
+
+
+def local_disk() -> Path:
+    """A directory on local disk, where LMDB may work."""
+    directory = cache_directory() or Path(tempfile.gettempdir())
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file from end to end, atomically."""
+    try:
+        with source.open("rb") as file, atomic_write(target) as copy:
+            shutil.copyfileobj(file, copy, COPY_BLOCK)
+    except OSError as error:
+        raise UsageError(
+            f"{source}: cannot be copied to {target} ({error}): give a roomy local disk with STAS_CACHE_DIR"
+        ) from error

@@ -1,0 +1,178 @@
+"""Building a store: unseen until it is whole, and only once."""
+
+import errno
+import logging
+import os
+import shutil
+import tempfile
+import time
+import uuid
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+import lmdb
+import numpy as np
+from numpy.typing import NDArray
+
+from stas.files import sync_directory, write_json
+from stas.filesystems import on_network
+from stas.paths import manifest, store_data
+from stas.store import FORMAT, Sample, Skipped, area_resize, copy_file, digest, local_disk, record_key
+
+log = logging.getLogger(__name__)
+
+ABANDONED = 24 * 3600  # seconds after which a half-built store is taken for that of a killed process
+
+
+class Source(TypedDict):
+    """Where a sample came from."""
+
+    stem: str
+    image: str
+    image_sha256: str
+    annotation: str
+    annotation_sha256: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """A sample ready to be stored."""
+
+    sample: Sample
+    image: bytes
+    mask: bytes
+    full_mask: bytes
+
+
+def make_record(source: Source, image: NDArray[np.uint8], mask: NDArray[np.bool_], size: tuple[int, int]) -> Record:
+    """Make the stored form of a sample.
+
+    Args:
+        source: where it came from.
+        image: RGB at its own size, (h, w, 3), uint8.
+        mask: foreground at the same size, (h, w).
+        size: (height, width) of the stored image and mask.
+    """
+    assert image.shape[:2] == mask.shape
+    # MONAI scales to [0, 1] before it resizes; both are affine in the pixels, so raw bytes can be stored.
+    small = np.rint(area_resize(image, size)).astype(np.uint8).tobytes()
+    small_mask = np.rint(area_resize(mask, size) * 255).astype(np.uint8).tobytes()
+    full = zlib.compress(np.packbits(mask).tobytes(), 1)
+    sample = Sample(
+        stem=source["stem"],
+        sha256=digest(small, small_mask, full),
+        height=mask.shape[0],
+        width=mask.shape[1],
+        min=int(image.min()),
+        max=int(image.max()),
+        area=int(np.count_nonzero(mask)),
+        image=source["image"],
+        image_sha256=source["image_sha256"],
+        annotation=source["annotation"],
+        annotation_sha256=source["annotation_sha256"],
+    )
+    return Record(sample, small, small_mask, full)
+
+
+class StoreWriter:
+    """Takes the records of a store that is being built; one process at a time."""
+
+    def __init__(self, file: Path) -> None:
+        self.samples: list[Sample] = []
+        self.skipped: list[Skipped] = []
+        # Nobody else knows the file yet, so neither locks nor a sync for each record are needed.
+        self._env = lmdb.open(str(file), map_size=64 << 20, subdir=False, lock=False, sync=False, mode=0o644)
+
+    def add(self, record: Record) -> None:
+        """Store one sample; its position is the number of samples before it."""
+        parts = {"image": record.image, "mask": record.mask, "full": record.full_mask}
+        while True:
+            try:
+                with self._env.begin(write=True) as transaction:
+                    for part, data in parts.items():
+                        transaction.put(record_key(len(self.samples), part), data)
+                break
+            except lmdb.MapFullError:
+                self._env.set_mapsize(self._env.info()["map_size"] * 2)
+        self.samples.append(record.sample)
+
+    def sync(self) -> None:
+        """Bring everything to disk."""
+        self._env.sync(True)
+
+    def close(self) -> None:
+        self._env.close()
+
+
+@contextmanager
+def build_store(
+    directory: Path, label: str, size: tuple[int, int], network: bool | None = None
+) -> Iterator[StoreWriter]:
+    """Build a store that appears under `directory` only when the block ends well.
+
+    If another process finishes the same store first, this one's is discarded.
+
+    Args:
+        directory: the store, whose name is its content key.
+        label: the label that is foreground.
+        size: (height, width) of the stored images.
+        network: whether `directory` is on a network file system; found out if None.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(directory.parent)
+    remote = on_network(directory.parent) if network is None else network
+    temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.tmp")
+    local = Path(tempfile.mkdtemp(prefix="stas-", dir=local_disk())) if remote else temporary
+    temporary.mkdir()
+    try:
+        writer = StoreWriter(store_data(local))
+        try:
+            yield writer
+            writer.sync()
+        finally:
+            writer.close()
+        if remote:
+            copy_file(store_data(local), store_data(temporary))
+        content = {
+            "format": FORMAT,
+            "key": directory.name,
+            "label": label,
+            "size": list(size),
+            "bytes": store_data(temporary).stat().st_size,
+            "samples": writer.samples,
+            "skipped": writer.skipped,
+        }
+        write_json(manifest(temporary), content)
+        _publish(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if remote:
+            shutil.rmtree(local, ignore_errors=True)
+
+
+def _publish(temporary: Path, directory: Path) -> None:
+    """Give a finished store its name, unless another process was faster."""
+    sync_directory(temporary)
+    try:
+        os.rename(temporary, directory)  # noqa: PTH104 (beside os.replace in files.py: must fail where one stands)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        log.info("%s: another process finished it first; its store is used", directory)
+    sync_directory(directory.parent)
+
+
+def _remove_abandoned(stores: Path) -> None:
+    """Remove what processes that were killed while they built a store have left."""
+    for path in stores.glob(".*.tmp"):
+        try:
+            newest = max(entry.stat().st_mtime for entry in (path, *path.glob("*")))
+        except FileNotFoundError:  # its process removed or renamed it meanwhile
+            continue
+        if path.is_dir() and time.time() - newest > ABANDONED:
+            log.info("%s: removed; a build of a store ended there unfinished", path)
+            shutil.rmtree(path, ignore_errors=True)

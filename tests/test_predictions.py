@@ -1,0 +1,187 @@
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stas.errors import InputDataError, UsageError
+from stas.images import write_mask
+from stas.predictions import (
+    building,
+    digest,
+    in_threads,
+    is_finished,
+    list_members,
+    log_graded,
+    publish,
+    read_member_mask,
+    write_manifest,
+)
+
+MASK = np.array([[0, 1, 1], [0, 0, 1]], bool)
+
+
+def member(directory, stems="ab", shape=(2, 3)):
+    for stem in stems:
+        write_mask(directory / f"{stem}.png", np.zeros(shape, bool))
+    return directory
+
+
+def result(directory, key="old", stems="a"):
+    """A small finished set of predictions."""
+    member(directory, stems)
+    write_manifest(directory, {"key": {"from": key}, "images": {stem: {"height": 2, "width": 3} for stem in stems}})
+    return directory
+
+
+def test_list_members_lists_stems_and_sizes(tmp_path):
+    listed = list_members([member(tmp_path / "one", "ba"), member(tmp_path / "two")])
+    assert listed.names == ["one", "two"]
+    assert listed.stems == ["a", "b"]
+    assert listed.sizes == {"a": (2, 3), "b": (2, 3)}
+
+
+def test_members_with_other_cases_are_refused_by_name(tmp_path):
+    with pytest.raises(InputDataError, match=r"two, compared with one, lacks 1 \(b\) and has 1 besides \(c\)"):
+        list_members([member(tmp_path / "one", "ab"), member(tmp_path / "two", "ac"), member(tmp_path / "three", "ab")])
+
+
+def test_only_ten_cases_are_named(tmp_path):
+    with pytest.raises(InputDataError, match=r"lacks 12 \(b, c, d, e, f, g, h, i, j, k and 2 more\)"):
+        list_members([member(tmp_path / "one", "abcdefghijklm"), member(tmp_path / "two", "a")])
+
+
+def test_members_of_other_sizes_are_refused_by_case(tmp_path):
+    other = member(tmp_path / "two", "a")
+    member(other, "b", (5, 4))
+    with pytest.raises(InputDataError, match="b: 2 x 3 in one, 5 x 4 in two"):
+        list_members([member(tmp_path / "one"), other])
+
+
+def test_members_of_one_name_are_told_apart_by_their_parents(tmp_path):
+    listed = list_members([member(tmp_path / "x" / "masks"), member(tmp_path / "y" / "masks")])
+    assert listed.names == ["x/masks", "y/masks"]
+
+
+def test_a_member_given_twice_is_refused(tmp_path):
+    one = member(tmp_path / "one")
+    with pytest.raises(UsageError, match="more than once"):
+        list_members([one, tmp_path / "." / "one"])
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        Image.fromarray(MASK),
+        Image.fromarray(MASK.astype(np.uint8)),
+        Image.fromarray(MASK.astype(np.uint8) * 255),
+        Image.fromarray(MASK.astype(np.uint8) * 255).convert("RGB"),
+        Image.fromarray(MASK.astype(np.uint8) * 255).convert("RGBA"),
+        Image.fromarray(MASK.astype(np.uint16) * 65535),
+    ],
+    ids=["1", "L 0/1", "L 0/255", "RGB", "RGBA", "16-bit"],
+)
+def test_masks_of_other_makers_are_read(tmp_path, picture):
+    picture.save(tmp_path / "a.png")
+    mask, graded = read_member_mask(tmp_path / "a.png")
+    np.testing.assert_array_equal(mask, MASK)
+    assert not graded
+
+
+@pytest.mark.parametrize(("dtype", "top"), [(np.uint8, 255), (np.uint16, 65535)])
+def test_graded_masks_are_cut_above_zero_or_at_the_threshold(tmp_path, dtype, top):
+    Image.fromarray(np.array([[0, 1, 100, 101, top]], dtype)).save(tmp_path / "a.png")
+    mask, graded = read_member_mask(tmp_path / "a.png")
+    assert (mask.tolist(), graded) == ([[False, True, True, True, True]], True)
+    mask, graded = read_member_mask(tmp_path / "a.png", threshold=100)
+    assert (mask.tolist(), graded) == ([[False, False, False, True, True]], False)
+
+
+@pytest.mark.parametrize(
+    ("values", "graded"), [([0, 0], False), ([255, 255], False), ([0, 128], True), ([1, 255], True)]
+)
+def test_graded_means_that_above_zero_was_a_choice(tmp_path, values, graded):
+    Image.fromarray(np.array([values], np.uint8)).save(tmp_path / "a.png")
+    assert read_member_mask(tmp_path / "a.png")[1] is graded
+
+
+def test_graded_masks_are_told_once(caplog):
+    with caplog.at_level(logging.INFO):
+        log_graded("one", 3, 4)
+        log_graded("two", 0, 4)
+    assert [record.getMessage()[:16] for record in caplog.records] == ["one: 3 of 4 mask"]
+
+
+def test_digest_changes_with_content_and_name(tmp_path):
+    files = [tmp_path / name for name in ("a", "b", "c")]
+    for file, text in zip(files, ("1", "1", "2"), strict=True):
+        file.write_text(text)
+    assert len({digest([file]) for file in files}) == 3
+    assert digest(files) == digest(files)
+
+
+def test_finished_needs_the_same_key_and_every_mask(tmp_path):
+    directory = result(tmp_path / "set", stems="ab")
+    assert is_finished(directory, {"from": "old"})
+    assert not is_finished(directory, {"from": "new"})
+    (directory / "b.png").unlink()
+    assert not is_finished(directory, {"from": "old"})
+
+
+def test_finished_compares_keys_as_json_keeps_them(tmp_path):
+    write_manifest(tmp_path, {"key": {"size": (2, 3)}, "images": {}})
+    assert is_finished(tmp_path, {"size": (2, 3)})
+
+
+def test_finished_needs_promised_probabilities(tmp_path):
+    directory = result(tmp_path / "set")
+    write_manifest(directory, {"key": {}, "images": {"a": {}}, "probabilities": True})
+    assert not is_finished(directory, {})
+    member(directory / "probabilities", "a")
+    assert is_finished(directory, {})
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"key": {}}', "null"])
+def test_a_damaged_manifest_is_not_finished(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    assert not is_finished(tmp_path, {})
+
+
+def test_publish_replaces_an_older_set_and_leaves_nothing_else(tmp_path):
+    final = result(tmp_path / "set", "old", "ab")
+    publish(result(tmp_path / "partial", "new", "c"), final)
+    assert is_finished(final, {"from": "new"})
+    assert sorted(path.name for path in final.iterdir()) == ["c.png", "manifest.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_publish_never_removes_what_is_not_ours(tmp_path):
+    partial = result(tmp_path / "partial")
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="will not be replaced"):
+        publish(partial, precious)
+    assert (precious / "thesis.txt").read_text() == "years of work"
+    assert partial.is_dir()
+
+
+def test_building_leaves_the_old_set_when_it_fails(tmp_path):
+    final = result(tmp_path / "set")
+    with pytest.raises(ZeroDivisionError), building(final) as partial:
+        result(partial, "new")
+        raise ZeroDivisionError
+    assert is_finished(final, {"from": "old"})
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_building_refuses_before_any_work(tmp_path):
+    (tmp_path / "set").write_text("a file")
+    with pytest.raises(UsageError, match="not a directory"), building(tmp_path / "set"):
+        pytest.fail("the block must not run")
+
+
+def test_in_threads_keeps_order_and_raises():
+    assert in_threads(str, [3, 1, 2], "test", workers=2) == ["3", "1", "2"]
+    with pytest.raises(ZeroDivisionError):
+        in_threads(lambda value: 1 / value, [1, 0], "test")

@@ -1,0 +1,486 @@
+import base64
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stas.config import Recipe, load_recipe
+from stas.errors import InputDataError, UsageError
+from stas.images import read_grey, read_image, write_mask
+from stas.paths import Workspace, manifest, store_data
+from stas.preprocess import ordered_map, preprocess
+from stas.store import Store, area_resize, open_store
+
+HEIGHT, WIDTH = 40, 60
+
+
+def recipe(*changes: str) -> Recipe:
+    return load_recipe("lite0", ["data.size=32", "data.split.kind=fraction", *changes])
+
+
+def rectangle(left, top, right, bottom, label="STAS", kind="rectangle") -> dict:
+    return {"label": label, "points": [[left, top], [right, bottom]], "shape_type": kind, "flags": {}}
+
+
+class Cases:
+    """A small data set in `images` and `annotations` of a directory."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.images, self.annotations = root / "images", root / "annotations"
+        self.workspace = Workspace(root / "workspace")
+        for directory in (self.images, self.annotations):
+            directory.mkdir()
+
+    def image(self, stem: str, suffix=".png", **options) -> Path:
+        seed = sum(os.fsencode(stem))
+        pixels = np.random.default_rng(seed).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+        Image.fromarray(pixels).save(self.images / f"{stem}{suffix}", **options)
+        return self.images / f"{stem}{suffix}"
+
+    def json(self, stem: str, *shapes: dict, **values) -> Path:
+        content = {
+            "version": "5.0.1", "flags": {}, "shapes": shapes or [rectangle(10, 10, 19, 29)],
+            "imagePath": f"{stem}.png", "imageData": None, "imageHeight": HEIGHT, "imageWidth": WIDTH,
+        }  # fmt: skip
+        path = self.annotations / f"{stem}.json"
+        path.write_text(json.dumps(content | values))
+        return path
+
+    def pair(self, stem: str, *shapes: dict, **values) -> None:
+        self.image(stem)
+        self.json(stem, *shapes, **values)
+
+    def run(self, *changes: str, workers: int | None = 1, **options) -> Store:
+        inputs = [self.images], [self.annotations], self.workspace, recipe(*changes)
+        return Store(preprocess(*inputs, workers=workers, **options))
+
+    def problem(self, **options) -> str:
+        """The message with which a run on bad pairs ends, after which there must be no store."""
+        with pytest.raises(InputDataError) as caught:
+            self.run(**options)
+        assert not any(self.workspace.stores.iterdir())
+        return str(caught.value)
+
+
+@pytest.fixture
+def cases(tmp_path) -> Cases:
+    """Two good pairs, `good` and `more`."""
+    cases = Cases(tmp_path)
+    cases.pair("good", rectangle(10, 10, 19, 29), rectangle(0, 0, 59, 39, label="tissue"))
+    cases.pair("more", rectangle(30, 5, 34, 9))
+    return cases
+
+
+def expected_mask(left, top, right, bottom) -> np.ndarray:
+    mask = np.zeros((HEIGHT, WIDTH), bool)
+    mask[top : bottom + 1, left : right + 1] = True
+    return mask
+
+
+def test_a_store_of_good_pairs(cases, capsys):
+    store = cases.run()
+    assert [entry["stem"] for entry in store.samples] == ["good", "more"]
+    assert [entry["area"] for entry in store.samples] == [200, 25]
+    assert (store.label, store.size, store.skipped) == ("STAS", (32, 32), [])
+    assert np.array_equal(store.full_mask(0), expected_mask(10, 10, 19, 29))
+    image = read_image(cases.images / "good.png")
+    assert (store.samples[0]["min"], store.samples[0]["max"]) == (image.min(), image.max())
+    assert open_store(cases.workspace, recipe().data).key == store.key
+    store.verify()
+    printed = capsys.readouterr().out
+    assert "2 samples of label STAS" in printed
+    assert "1 for training, 1 for validation" in printed
+
+
+def test_a_second_run_does_nothing(cases, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    masks = cases.root / "masks"
+    store = cases.run(masks=masks)
+    files = [
+        store_data(store.directory),
+        manifest(store.directory),
+        cases.workspace.dataset("STAS", (32, 32)),
+        masks / "good.png",
+    ]
+    before = [path.stat() for path in files]
+    real_open = Image.open
+
+    def refuse_sources(source, *arguments, **options):
+        assert Path(source).parent == masks, "an image of the data set was opened"
+        return real_open(source, *arguments, **options)
+
+    monkeypatch.setattr(Image, "open", refuse_sources)
+    assert cases.run(masks=masks).key == store.key
+    assert [path.stat().st_mtime_ns for path in files] == [stat.st_mtime_ns for stat in before]
+    assert [path.stat().st_ino for path in files] == [stat.st_ino for stat in before]
+    assert "is there already" in caplog.text
+
+
+def test_every_input_changes_the_key(cases):
+    keys = [cases.run().key]
+    keys.append(cases.run("data.size=64").key)
+    keys.append(cases.run("data.label=tissue").key)
+    cases.json("good", rectangle(1, 1, 2, 2))
+    keys.append(cases.run().key)
+    Image.new("RGB", (WIDTH, HEIGHT)).save(cases.images / "more.png")
+    keys.append(cases.run().key)
+    cases.pair("third")
+    keys.append(cases.run().key)
+    assert len(set(keys)) == len(keys)
+    assert open_store(cases.workspace, recipe().data).key == keys[-1]
+
+
+def test_key_does_not_depend_on_place_or_workers(cases, tmp_path):
+    (tmp_path / "other").mkdir()
+    other = Cases(tmp_path / "other")
+    for name in ("images", "annotations"):
+        for path in (cases.root / name).iterdir():
+            (other.root / name / path.name).write_bytes(path.read_bytes())
+    first, second = cases.run(), other.run(workers=2)
+    assert first.key == second.key
+    assert first.samples == second.samples
+
+
+def test_masks_are_written_also_from_a_store_that_exists(cases):
+    cases.run()
+    masks = cases.root / "masks"
+    cases.run(masks=masks)
+    assert sorted(path.name for path in masks.iterdir()) == ["good.png", "more.png"]
+    assert np.array_equal(read_grey(masks / "more.png"), expected_mask(30, 5, 34, 9) * np.uint8(255))
+    (masks / "more.png").write_bytes(b"damaged")
+    cases.run(masks=masks)
+    assert np.array_equal(read_grey(masks / "more.png"), expected_mask(30, 5, 34, 9) * np.uint8(255))
+
+
+def test_masks_as_annotations(cases):
+    """The masks of a store make the same samples again."""
+    masks = cases.root / "masks"
+    first = cases.run(masks=masks)
+    again = Store(preprocess([cases.images], [masks], cases.workspace, recipe(), workers=1))
+    assert [entry["sha256"] for entry in again.samples] == [entry["sha256"] for entry in first.samples]
+    assert again.key != first.key
+
+
+def test_several_directories(cases, tmp_path):
+    (tmp_path / "extra").mkdir()
+    extra = Cases(tmp_path / "extra")
+    extra.image("pseudo")
+    write_mask(extra.annotations / "pseudo.png", expected_mask(3, 3, 8, 8))
+    images, annotations = [cases.images, extra.images], [cases.annotations, extra.annotations]
+    store = Store(preprocess(images, annotations, cases.workspace, recipe(), workers=1))
+    assert [(entry["stem"], entry["area"]) for entry in store.samples] == [("good", 200), ("more", 25), ("pseudo", 36)]
+    (extra.images / "pseudo.png").rename(extra.images / "good.png")
+    with pytest.raises(InputDataError, match="share the stem 'good'"):
+        preprocess(images, annotations, cases.workspace, recipe(), workers=1)
+
+
+def test_json_beside_the_images(cases):
+    for path in cases.annotations.iterdir():
+        path.rename(cases.images / path.name)
+    store = Store(preprocess([cases.images], [cases.images], cases.workspace, recipe(), workers=1))
+    assert [entry["area"] for entry in store.samples] == [200, 25]
+
+
+def test_exif_orientation(cases):
+    """Stored lying on its side; LabelMe showed it upright, and the polygons are in upright coordinates."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown after a turn by 90 degrees clockwise
+    path = cases.image("turned", ".jpg", exif=exif)
+    cases.json("turned", rectangle(0, 0, 9, 19), imageHeight=WIDTH, imageWidth=HEIGHT)
+    store = cases.run()
+    sample = store.samples[2]
+    assert (sample["stem"], sample["height"], sample["width"]) == ("turned", WIDTH, HEIGHT)
+    mask = store.full_mask(2)
+    assert mask.shape == read_image(path).shape[:2] == (WIDTH, HEIGHT)
+    assert mask[:20, :10].all()
+    assert mask.sum() == 200
+
+
+def test_embedded_image_only(cases):
+    path = cases.image("inside")
+    cases.json("inside", imageData=base64.b64encode(path.read_bytes()).decode(), imagePath="gone.png")
+    image = read_image(path)
+    path.unlink()
+    store = cases.run()
+    assert np.array_equal(store.image(1), np.rint(area_resize(image, (32, 32))))
+    assert store.samples[1]["image"] == "inside.json"
+    path = cases.image("inside")
+    assert cases.run().key == store.key  # the same bytes, now from a file
+    path.unlink()
+    for name in ("good", "more"):
+        (cases.images / f"{name}.png").unlink()
+        (cases.annotations / f"{name}.json").unlink()
+    cases.json("inside2", imageData=json.loads((cases.annotations / "inside.json").read_text())["imageData"])
+    assert len(cases.run()) == 2  # the directory of images is empty
+
+
+def test_image_of_another_stem_by_its_path(cases):
+    cases.image("slide 7")
+    cases.json("third", imagePath="..\\images\\slide 7.png")
+    sample = cases.run().samples[2]
+    assert (sample["stem"], sample["image"]) == ("third", "slide 7.png")
+
+
+def test_no_declared_size(cases):
+    cases.pair("old", rectangle(0, 0, 1, 1), version="3.4.1", imageHeight=None, imageWidth=None, lineColor=[0, 255, 0])
+    assert cases.run().samples[2]["area"] == 4
+
+
+def no_annotation(cases: Cases) -> Path:
+    return cases.image("bad")
+
+
+def no_image(cases: Cases) -> Path:
+    return cases.json("bad")
+
+
+def no_image_for_a_mask(cases: Cases) -> Path:
+    write_mask(cases.annotations / "bad.png", expected_mask(0, 0, 1, 1))
+    return cases.annotations / "bad.png"
+
+
+def truncated_jpeg(cases: Cases) -> Path:
+    cases.json("bad")
+    path = cases.image("bad", ".jpg")
+    path.write_bytes(path.read_bytes()[:-300])
+    return path
+
+
+def deep_image(cases: Cases) -> Path:
+    cases.json("bad")
+    Image.fromarray(np.zeros((HEIGHT, WIDTH), np.uint16)).save(cases.images / "bad.png")
+    return cases.images / "bad.png"
+
+
+def wrong_declared_size(cases: Cases) -> Path:
+    cases.pair("bad", imageHeight=WIDTH, imageWidth=HEIGHT)
+    return cases.annotations / "bad.json"
+
+
+def two_points(cases: Cases) -> Path:
+    cases.pair("bad", rectangle(0, 0, 5, 5, kind="polygon"))
+    return cases.annotations / "bad.json"
+
+
+def infinite_point(cases: Cases) -> Path:
+    cases.pair("bad", rectangle(0, 0, 5, float("inf")))
+    return cases.annotations / "bad.json"
+
+
+def unknown_shape(cases: Cases) -> Path:
+    cases.pair("bad", rectangle(0, 0, 5, 5, kind="mask"))
+    return cases.annotations / "bad.json"
+
+
+def not_json(cases: Cases) -> Path:
+    cases.image("bad")
+    (cases.annotations / "bad.json").write_text("{")
+    return cases.annotations / "bad.json"
+
+
+def damaged_embedded_image(cases: Cases) -> Path:
+    return cases.json("bad", imageData=base64.b64encode(b"no image").decode())
+
+
+def json_and_mask(cases: Cases) -> Path:
+    cases.pair("bad")
+    write_mask(cases.annotations / "bad.png", expected_mask(0, 0, 1, 1))
+    return cases.annotations / "bad.png"
+
+
+def mask_of_another_size(cases: Cases) -> Path:
+    cases.image("bad")
+    write_mask(cases.annotations / "bad.png", np.zeros((WIDTH, HEIGHT), bool))
+    return cases.annotations / "bad.png"
+
+
+def graded_mask(cases: Cases) -> Path:
+    cases.image("bad")
+    Image.linear_gradient("L").resize((WIDTH, HEIGHT)).save(cases.annotations / "bad.png")
+    return cases.annotations / "bad.png"
+
+
+def name_that_is_not_utf8(cases: Cases) -> Path:
+    stem = os.fsdecode(b"bad\xe9")
+    cases.image(stem)
+    return cases.json("bad").rename(cases.annotations / f"{stem}.json")
+
+
+def second_annotation(cases: Cases) -> Path:
+    return cases.json("bad", imagePath="../images/good.png")
+
+
+BAD = [
+    (no_annotation, "no annotation of this stem"),
+    (no_image, "no image, neither of this stem, nor at imagePath 'bad.png'"),
+    (no_image_for_a_mask, "no image of this stem"),
+    (truncated_jpeg, "truncated"),
+    (deep_image, "image mode I;16 is not 8-bit"),
+    (wrong_declared_size, "made for 40 x 60 pixels (width x height), but its image has 60 x 40"),
+    (two_points, "has 2 points and needs 3 or more"),
+    (infinite_point, "not finite"),
+    (unknown_shape, "is of type 'mask', none of polygon"),
+    (not_json, "not readable as JSON"),
+    (damaged_embedded_image, "embedded image: not readable as an image"),
+    (json_and_mask, "bad.json annotates the same image"),
+    (mask_of_another_size, "made for 40 x 60 pixels"),
+    (graded_mask, "values are not only 0 and one of 1, 255 and 65535"),
+    (name_that_is_not_utf8, "its name is not UTF-8"),
+    (second_annotation, "is also that of"),
+]
+
+
+@pytest.mark.parametrize(("make", "reason"), BAD, ids=[make.__name__ for make, _ in BAD])
+def test_a_bad_pair_is_refused_or_skipped(cases, make, reason):
+    file = str(make(cases)).encode(errors="backslashreplace").decode()
+    message = cases.problem()
+    assert "1 files cannot be used" in message
+    assert f"  {file}: " in message
+    assert reason in message
+    store = cases.run(skip_bad=True)
+    assert [entry["stem"] for entry in store.samples] == ["good", "more"]
+    (entry,) = store.skipped
+    assert entry["file"] == file
+    assert reason in entry["reason"]
+    assert len(entry["remedy"]) > 10
+    assert file not in entry["reason"]
+    with pytest.raises(InputDataError, match="1 files cannot be used"):  # also where the store is there by now
+        cases.run()
+
+
+def test_all_bad_pairs_are_listed(cases):
+    cases.image("alone")
+    cases.pair("few", rectangle(0, 0, 5, 5, kind="polygon"))
+    cases.json("nothing")
+    message = cases.problem()
+    assert "3 files cannot be used" in message
+    positions = [message.index(name) for name in ("few.json", "nothing.json", "alone.png")]
+    assert positions == sorted(positions)
+    assert "--skip-bad" in message
+
+
+def test_nothing_usable(tmp_path):
+    cases = Cases(tmp_path)
+    cases.image("alone")
+    with pytest.raises(InputDataError, match="no annotation in it"):
+        cases.run()
+    cases.pair("bad", imageHeight=1, imageWidth=1)
+    assert "no usable pair" in cases.problem(skip_bad=True)
+    with pytest.raises(InputDataError, match="not a directory"):
+        preprocess([cases.images], [tmp_path / "gone"], cases.workspace, recipe())
+
+
+def test_a_misspelt_label_is_refused_with_those_that_are_there(cases):
+    with pytest.raises(UsageError, match=r"data.label 'stas': no shape has it; there are STAS \(2\), tissue \(1\)"):
+        cases.run("data.label=stas")
+    with pytest.raises(UsageError, match="label 'a/b'"):
+        cases.run("data.label=a/b")
+
+
+def test_a_split_that_does_not_suit_is_refused_but_the_store_stays(cases):
+    with pytest.raises(UsageError, match="the first 237 of 2 samples"):
+        cases.run("data.split.kind=first")
+    assert len(open_store(cases.workspace, recipe().data)) == 2
+
+
+def test_two_at_once(cases):
+    for index in range(12):
+        cases.pair(f"p{index}")
+    command = (
+        "import sys; from pathlib import Path; from stas.config import load_recipe; from stas.paths import Workspace\n"
+        "from stas.preprocess import preprocess\n"
+        "i, a, w = map(Path, sys.argv[1:])\n"
+        "preprocess([i], [a], Workspace(w), load_recipe('lite0', ['data.split.kind=fraction']), workers=1)"
+    )
+    arguments = [sys.executable, "-c", command, cases.images, cases.annotations, cases.workspace.root]
+    both = [subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    outputs = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert outputs[0][0] == outputs[1][0]
+    store = open_store(cases.workspace, load_recipe("lite0").data)
+    store.verify()
+    assert len(store) == 14
+    assert sorted(path.name for path in cases.workspace.stores.iterdir()) == sorted([store.key, "STAS-448x448.json"])
+
+
+def test_an_interrupt_leaves_nothing(cases, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image, "open", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        cases.run()
+    assert list(cases.workspace.stores.iterdir()) == []
+
+
+def _square(number: int) -> int:
+    return number * number
+
+
+def _die(number: int) -> int:
+    os._exit(number)
+
+
+def test_ordered_map_over_processes():
+    assert list(ordered_map(_square, range(20), 2)) == [number**2 for number in range(20)]
+    with pytest.raises(InputDataError, match=r"a worker process was killed.*--workers"):
+        list(ordered_map(_die, [1, 1], 2))
+
+
+def test_ordered_map_takes_no_more_than_it_needs():
+    taken = []
+
+    class Watched(list):
+        def __iter__(self):
+            for item in super().__iter__():
+                taken.append(item)
+                yield item
+
+    results = ordered_map(_square, Watched(range(100)), 2)
+    next(results)
+    assert len(taken) <= 5
+    results.close()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_workers_do_not_import_torch():
+    code = "import sys, stas.preprocess; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_real_pairs(real_data, tmp_path):
+    cases = Cases(tmp_path)
+    for path in sorted((real_data / "Train_Annotations").glob("*.json"))[:5]:
+        (cases.annotations / path.name).symlink_to(path)
+        (cases.images / f"{path.stem}.jpg").symlink_to(real_data / "Train_Images" / f"{path.stem}.jpg")
+    store = cases.run("data.size=800")
+    store.verify()
+    assert {(entry["height"], entry["width"]) for entry in store.samples} == {(942, 1716)}
+    for index, entry in enumerate(store.samples):
+        mask = store.full_mask(index)
+        assert 0.0005 < mask.mean() < 0.4
+        assert abs(store.mask(index).mean() / 255 - mask.mean()) < 0.001
+        published = real_data / "Predictions" / "ensemble" / f"{entry['stem']}.png"
+        if published.is_file():
+            truth = read_grey(published) > 0
+            assert 2 * (mask & truth).sum() / (mask.sum() + truth.sum()) > 0.97
+
+
+def test_image_bytes_change_between_hash_and_decode(cases, monkeypatch):
+    real_open = Image.open
+    changed = io.BytesIO()
+    Image.new("RGB", (WIDTH, HEIGHT)).save(changed, "PNG")
+
+    def change_first(source, *arguments, **options):
+        if Path(source).name == "good.png":
+            Path(source).write_bytes(changed.getvalue())
+        return real_open(source, *arguments, **options)
+
+    monkeypatch.setattr(Image, "open", change_first)
+    assert "changed while being read: run the command again" in cases.problem().replace(". Remedy", "")

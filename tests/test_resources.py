@@ -1,0 +1,99 @@
+"""Readings of memory and GPUs."""
+
+from pathlib import Path
+
+import psutil
+import pytest
+
+from stas import resources
+from stas.resources import cgroup_memory, usage, visible_gpus
+
+
+def _tree(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def test_usage_tells_this_process_and_node():
+    readings = usage()
+    assert all(isinstance(value, float) for value in readings.values())
+    assert readings["host_rss_gib"] == pytest.approx(psutil.Process().memory_info().rss / 2**30, rel=0.2)
+    assert readings["host_total_gib"] == psutil.virtual_memory().total / 2**30
+    assert 0 < readings["host_available_gib"] < readings["host_total_gib"]
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no /dev/shm on this system")
+def test_usage_tells_shared_memory():
+    before = usage()
+    file = Path("/dev/shm") / "stas-test-usage"
+    try:
+        file.write_bytes(bytes(8 * 2**20))
+        after = usage()
+    except OSError:
+        pytest.skip("less than 8 MiB of /dev/shm, or it cannot be written")
+    finally:
+        file.unlink(missing_ok=True)
+    assert after["shm_total_gib"] == before["shm_total_gib"]
+    assert after["shm_used_gib"] - before["shm_used_gib"] == pytest.approx(8 / 1024, abs=6 / 1024)
+
+
+def test_a_missing_reading_is_left_out(monkeypatch: pytest.MonkeyPatch):
+    def missing(path: str):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(resources.shutil, "disk_usage", missing)
+    monkeypatch.setitem(__import__("sys").modules, "psutil", None)  # importing it raises ImportError
+    monkeypatch.setitem(__import__("sys").modules, "pynvml", None)
+    assert not [key for key in usage() if key.startswith(("host_", "shm_", "gpu"))]
+
+
+def test_cgroup_version_2_takes_the_tightest_parent(tmp_path: Path):
+    (tmp_path / "cgroup").write_text("0::/job/step\n")
+    root = _tree(
+        tmp_path / "fs",
+        {
+            "job/step/memory.max": "max\n",
+            "job/memory.max": "3000\n",
+            "job/memory.current": "1200\n",
+            "memory.max": "9000\n",
+            "memory.current": "8000\n",
+        },
+    )
+    assert cgroup_memory(tmp_path / "cgroup", root) == (1200, 3000)
+
+
+def test_cgroup_version_1_knows_its_sign_for_no_limit(tmp_path: Path):
+    (tmp_path / "cgroup").write_text("5:devices:/x\n4:cpuset,memory:/job\n0::/\n")
+    root = _tree(tmp_path / "fs", {"memory/job/memory.limit_in_bytes": "9223372036854771712\n"})
+    assert cgroup_memory(tmp_path / "cgroup", root) is None
+    _tree(
+        root, {"memory/job/memory.limit_in_bytes": "4096\n", "memory/job/memory.usage_in_bytes": "1024\n"}
+    )  # limited now
+    assert cgroup_memory(tmp_path / "cgroup", root) == (1024, 4096)
+
+
+def test_cgroup_of_a_container_is_the_root(tmp_path: Path):
+    (tmp_path / "cgroup").write_text("0::/kubepods/pod1/not-visible-inside\n")
+    root = _tree(tmp_path / "fs", {"memory.max": "2048", "memory.current": "7"})
+    assert cgroup_memory(tmp_path / "cgroup", root) == (7, 2048)
+
+
+def test_no_cgroups_at_all(tmp_path: Path):
+    assert cgroup_memory(tmp_path / "missing", tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [
+        (None, [0, 1, 2, 3]),
+        ("", []),
+        ("2,0", [2, 0]),
+        ("1,7,0", [1]),  # 7 is no GPU of four: CUDA ignores it and all after it
+        ("-1", []),
+        ("GPU-8f6c, MIG-12", ["GPU-8f6c", "MIG-12"]),
+    ],
+)
+def test_visible_gpus(visible: str | None, expected: list[int | str]):
+    assert visible_gpus(4, visible) == expected
