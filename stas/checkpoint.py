@@ -76,9 +76,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {})["stas"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise InputDataError(f"{path}: not a readable checkpoint of stas ({error}): use another, or train again") from error
+        raise InputDataError(
+            f"{path}: not a readable checkpoint of stas ({error}): use another, or train again"
+        ) from error
     if header["format"] != FORMAT:
         raise InputDataError(f"{path}: checkpoint format {header['format']}, this version reads {FORMAT}")
     optimizer = {**_with_prefix(tensors, "optimizer."), **header["optimizer"]}

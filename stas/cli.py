@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stas.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RESUMABLE, EXIT_USAGE, InputDataError, StoppedEarly, UsageError
+from stas.paths import Workspace, default_workspace
 
 EPILOG = "Exit codes: 0 done, 2 wrong option or recipe, 3 bad input data, 75 stopped early (the same command goes on)."
 
@@ -24,9 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, EXIT_BAD_INPUT)
     except StoppedEarly as error:
         return _fail(error, EXIT_RESUMABLE)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
 
 
-def _fail(error: Exception, code: int) -> int:
+def _fail(error: Exception | str, code: int) -> int:
     print(f"stas: {error}", file=sys.stderr)
     return code
 
@@ -120,9 +123,7 @@ def _doctor(options: argparse.Namespace) -> int:
     return 0 if doctor(workspace, recipe) else 1
 
 
-def _workspace(options: argparse.Namespace):  # noqa: ANN202: Workspace is imported here
-    from stas.paths import Workspace, default_workspace
-
+def _workspace(options: argparse.Namespace) -> Workspace:
     root = options.workspace or default_workspace()
     if not root:
         raise UsageError("no workspace: give --workspace DIR or set STAS_WORKSPACE")
@@ -173,7 +174,9 @@ def _add_preprocess(stages: "argparse._SubParsersAction[argparse.ArgumentParser]
         "--annotations", type=Path, nargs="+", required=True, metavar="DIR", help="LabelMe JSON, or mask PNGs"
     )
     _add_workspace(command)
-    command.add_argument("--recipe", default="efficientnet_b6_ns", help="its data section counts (default: %(default)s)")
+    command.add_argument(
+        "--recipe", default="efficientnet_b6_ns", help="its data section counts (default: %(default)s)"
+    )
     _add_set(command)
     command.add_argument("--masks", type=Path, metavar="DIR", help="also write the masks as PNG")
     command.add_argument("--skip-bad", action="store_true", help="go on without bad pairs instead of exit code 3")

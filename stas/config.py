@@ -26,11 +26,11 @@ class Split(Section):
     """Which samples, in sorted order of their stems, are for validation."""
 
     kind: Literal["first", "fraction", "list", "kfold"] = "first"
-    count: int = Field(237, ge=1, description="first: this many samples from the start")
-    fraction: float = Field(0.2, gt=0, lt=1, description="fraction: this share, drawn with `seed`")
-    folds: int = Field(5, ge=2, description="kfold: number of folds, stratified by foreground area")
-    fold: int = Field(0, ge=0, description="kfold: the fold for validation, from 0")
-    file: Path | None = Field(None, description="list: a text file with one stem per line")
+    count: int = Field(default=237, ge=1, description="first: this many samples from the start")
+    fraction: float = Field(default=0.2, gt=0, lt=1, description="fraction: this share, drawn with `seed`")
+    folds: int = Field(default=5, ge=2, description="kfold: number of folds, stratified by foreground area")
+    fold: int = Field(default=0, ge=0, description="kfold: the fold for validation, from 0")
+    file: Path | None = Field(default=None, description="list: a text file with one stem per line")
     seed: int = 0
 
     @model_validator(mode="after")
@@ -45,13 +45,18 @@ class Split(Section):
 class Data(Section):
     """What the network sees."""
 
-    label: str = Field("STAS", description="LabelMe label that is foreground")
-    size: tuple[int, int] = Field((800, 800), description="height and width in pixels; one number makes a square")
-    intensity: Literal["minmax", "unit"] = Field(
-        "minmax", description="minmax: each image's own minimum and maximum to 0 and 1; unit: 0 to 255 to 0 and 1"
+    label: str = Field(default="STAS", description="LabelMe label that is foreground")
+    size: tuple[int, int] = Field(
+        default=(800, 800), description="height and width in pixels; one number makes a square"
     )
-    mean: tuple[float, float, float] | None = Field(None, description="RGB mean subtracted afterwards")
-    std: tuple[float, float, float] | None = Field(None, description="RGB standard deviation divided by afterwards")
+    intensity: Literal["minmax", "unit"] = Field(
+        default="minmax",
+        description="minmax: each image's own minimum and maximum to 0 and 1; unit: 0 to 255 to 0 and 1",
+    )
+    mean: tuple[float, float, float] | None = Field(default=None, description="RGB mean subtracted afterwards")
+    std: tuple[float, float, float] | None = Field(
+        default=None, description="RGB standard deviation divided by afterwards"
+    )
     split: Split = Split()
 
     @field_validator("size", mode="before")
@@ -74,10 +79,14 @@ class Model(Section):
     """A network with three input channels and one output channel (the foreground's logit)."""
 
     library: Literal["smp", "monai"] = "smp"
-    architecture: str = Field("DeepLabV3Plus", description="class in segmentation_models_pytorch or monai.networks.nets")
-    encoder: str | None = Field("resnet34", description="smp only: an smp encoder, or a timm model as tu-<name>")
-    weights: str | None = Field("imagenet", description="smp only: the encoder's pretrained weights, or null")
-    options: dict[str, Any] = Field({}, description="further arguments of the architecture")
+    architecture: str = Field(
+        default="DeepLabV3Plus", description="class in segmentation_models_pytorch or monai.networks.nets"
+    )
+    encoder: str | None = Field(
+        default="resnet34", description="smp only: an smp encoder, or a timm model as tu-<name>"
+    )
+    weights: str | None = Field(default="imagenet", description="smp only: the encoder's pretrained weights, or null")
+    options: dict[str, Any] = Field(default={}, description="further arguments of the architecture")
 
     @model_validator(mode="before")
     @classmethod
@@ -98,13 +107,13 @@ class Model(Section):
 class Loss(Section):
     """Weights of the terms that are added up; each term is one number per image."""
 
-    dice: float = Field(0.0, ge=0)
-    bce: float = Field(0.0, ge=0, description="binary cross entropy, mean over pixels")
-    focal: float = Field(0.0, ge=0, description="focal loss, mean over pixels")
-    tversky: float = Field(0.0, ge=0)
-    focal_gamma: float = Field(2.0, ge=0)
-    tversky_alpha: float = Field(0.5, ge=0, description="weight of false positives")
-    tversky_beta: float = Field(0.5, ge=0, description="weight of false negatives")
+    dice: float = Field(default=0.0, ge=0)
+    bce: float = Field(default=0.0, ge=0, description="binary cross entropy, mean over pixels")
+    focal: float = Field(default=0.0, ge=0, description="focal loss, mean over pixels")
+    tversky: float = Field(default=0.0, ge=0)
+    focal_gamma: float = Field(default=2.0, ge=0)
+    tversky_alpha: float = Field(default=0.5, ge=0, description="weight of false positives")
+    tversky_beta: float = Field(default=0.5, ge=0, description="weight of false negatives")
 
     @model_validator(mode="before")
     @classmethod
@@ -123,14 +132,14 @@ class Loss(Section):
 
 class Optimizer(Section):
     name: Literal["adabelief", "adam", "adamw", "sgd"] = "adabelief"
-    lr: float = Field(1e-4, gt=0)
-    weight_decay: float = Field(1e-4, ge=0)
-    betas: tuple[float, float] = Field((0.9, 0.99), description="all but sgd")
-    eps: float = Field(1e-16, gt=0, description="all but sgd")
-    weight_decouple: bool = Field(True, description="adabelief: decay the weights apart from the gradient")
-    rectify: bool = Field(False, description="adabelief: RAdam's rectification")
-    momentum: float = Field(0.9, ge=0, lt=1, description="sgd")
-    nesterov: bool = Field(False, description="sgd")
+    lr: float = Field(default=1e-4, gt=0)
+    weight_decay: float = Field(default=1e-4, ge=0)
+    betas: tuple[float, float] = Field(default=(0.9, 0.99), description="all but sgd")
+    eps: float = Field(default=1e-16, gt=0, description="all but sgd")
+    weight_decouple: bool = Field(default=True, description="adabelief: decay the weights apart from the gradient")
+    rectify: bool = Field(default=False, description="adabelief: RAdam's rectification")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="sgd")
+    nesterov: bool = Field(default=False, description="sgd")
 
 
 class Schedule(Section):
@@ -138,10 +147,17 @@ class Schedule(Section):
 
     name: Literal["constant", "cosine", "onecycle"] = "constant"
     warmup: float = Field(
-        0.0, ge=0, lt=1, description="share of all steps in which the rate rises to lr, on a line (onecycle: a cosine)"
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of all steps in which the rate rises to lr, on a line (onecycle: a cosine)",
     )
-    start: float = Field(0.04, ge=0, le=1, description="the rate at the first step of the warm-up, relative to lr")
-    end: float = Field(0.0, ge=0, le=1, description="cosine, onecycle: the rate at the last step, relative to lr")
+    start: float = Field(
+        default=0.04, ge=0, le=1, description="the rate at the first step of the warm-up, relative to lr"
+    )
+    end: float = Field(
+        default=0.0, ge=0, le=1, description="cosine, onecycle: the rate at the last step, relative to lr"
+    )
 
     @model_validator(mode="after")
     def _onecycle_rises(self) -> "Schedule":
@@ -153,26 +169,28 @@ class Schedule(Section):
 class Augment(Section):
     """Random changes of a training sample. 0 switches one off."""
 
-    rot90: float = Field(0.0, ge=0, le=1, description="probability of a rotation by 90, 180 or 270 degrees")
-    flip: float = Field(0.0, ge=0, le=1, description="probability of a flip, for each axis")
-    dihedral: bool = Field(False, description="each of the square's 8 symmetries equally often")
-    color: float = Field(0.0, ge=0, le=1, description="strength of brightness, contrast and channel jitter")
-    stain: float = Field(0.0, ge=0, le=1, description="strength of haematoxylin and eosin jitter")
+    rot90: float = Field(default=0.0, ge=0, le=1, description="probability of a rotation by 90, 180 or 270 degrees")
+    flip: float = Field(default=0.0, ge=0, le=1, description="probability of a flip, for each axis")
+    dihedral: bool = Field(default=False, description="each of the square's 8 symmetries equally often")
+    color: float = Field(default=0.0, ge=0, le=1, description="strength of brightness, contrast and channel jitter")
+    stain: float = Field(default=0.0, ge=0, le=1, description="strength of haematoxylin and eosin jitter")
 
 
 class Train(Section):
-    batch: int = Field(16, ge=1, description="images a step over all ranks together")
-    epochs: int = Field(500, ge=1)
+    batch: int = Field(default=16, ge=1, description="images a step over all ranks together")
+    epochs: int = Field(default=500, ge=1)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = False
     compile: bool = False
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
 
 
 class Infer(Section):
-    batch: int = Field(4, ge=1, description="images at once on each rank")
-    threshold: float = Field(0.5, gt=0, lt=1, description="a pixel is foreground when its probability is above this")
-    tta: bool = Field(False, description="average the logits over the square's 8 symmetries")
+    batch: int = Field(default=4, ge=1, description="images at once on each rank")
+    threshold: float = Field(
+        default=0.5, gt=0, lt=1, description="a pixel is foreground when its probability is above this"
+    )
+    tta: bool = Field(default=False, description="average the logits over the square's 8 symmetries")
 
 
 class Recipe(Section):
@@ -255,7 +273,14 @@ def recipes() -> str:
         recipe = load_recipe(name)
         size = " x ".join(map(str, recipe.data.size))
         rows.append(
-            (name, recipe.model.architecture, recipe.model.encoder or "-", size, str(recipe.train.batch), recipe.summary)
+            (
+                name,
+                recipe.model.architecture,
+                recipe.model.encoder or "-",
+                size,
+                str(recipe.train.batch),
+                recipe.summary,
+            )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     return "\n".join(

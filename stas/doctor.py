@@ -294,7 +294,9 @@ def communication(gpus: int) -> Iterator[Finding]:
     if built and dist.is_gloo_available():
         yield Finding("ok", "gloo", "available")
     elif gpus > 1:
-        yield Finding("FAIL", "gloo", f"not in this torch, and there are {gpus} GPUs", "install a build of torch with it")
+        yield Finding(
+            "FAIL", "gloo", f"not in this torch, and there are {gpus} GPUs", "install a build of torch with it"
+        )
     else:
         yield Finding(
             "warn", "gloo", "not in this torch", "train with one process, or install a build of torch with it"

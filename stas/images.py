@@ -68,7 +68,7 @@ def image_size(source: Path | bytes) -> tuple[int, int]:
 
 
 def grey_size(path: Path) -> tuple[int, int]:
-    """(height, width) of what `read_grey` returns, from the file's head alone (`image_size` decodes PNG to find EXIF)."""
+    """(height, width) of what `read_grey` returns, from the file's head; `image_size` decodes a PNG to find EXIF."""
     image = _open(path, decode=False)
     return image.height, image.width
 

@@ -22,7 +22,7 @@ from stas.config import Recipe, parse_recipe
 from stas.distributed import Ranks
 from stas.errors import InputDataError, UsageError
 from stas.files import read_json, sha256
-from stas.images import image_size, list_images, read_image, write_mask, write_probability
+from stas.images import grey_size, list_images, read_image, write_mask, write_probability
 from stas.loader import prefetch
 from stas.model import build_network
 from stas.paths import Workspace, manifest, prediction, probability
@@ -52,6 +52,7 @@ def infer(
     Args:
         run: the training run.
         images: directory of images, of any size and aspect.
+        workspace: where the run is and the prediction set goes.
         name: the prediction set to make; the run's name where None.
         checkpoint: best or last.
         tta: average over the square's 8 symmetries; as the recipe says where None.
@@ -101,7 +102,9 @@ def predict_logits(network: nn.Module, images: Tensor, tta: bool) -> Tensor:
     """Foreground logits of a batch, averaged over the square's 8 symmetries where `tta`.
 
     Args:
+        network: what `build_network` returns.
         images: (N, 3, H, W), float32, as the network was trained to see them.
+        tta: eight passes instead of one.
 
     Returns:
         (N, 1, H, W), float32.
@@ -177,7 +180,9 @@ def _is_done(partial: Path, stem: str, probabilities: bool) -> bool:
 def _held_out(files: dict[str, Path], stems: Sequence[str], images: Path) -> dict[str, Path]:
     missing = [stem for stem in stems if stem not in files]
     if missing:
-        raise InputDataError(f"{images}: {len(missing)} of the run's {len(stems)} held-out images are not there: {named(missing)}")
+        raise InputDataError(
+            f"{images}: {len(missing)} of the run's {len(stems)} held-out images are not there: {named(missing)}"
+        )
     return {stem: files[stem] for stem in sorted(stems)}
 
 
@@ -196,7 +201,7 @@ def _check_same_images(out: Path, key: dict[str, Any]) -> None:
 
 
 def _finish(partial: Path, out: Path, key: dict[str, Any], files: dict[str, Path]) -> None:
-    sizes = {stem: image_size(prediction(partial, stem)) for stem in files}
+    sizes = {stem: grey_size(prediction(partial, stem)) for stem in files}
     images = {stem: {"height": height, "width": width} for stem, (height, width) in sizes.items()}
     write_manifest(partial, {"key": key, "images": images, "probabilities": key["probabilities"]})
     publish(partial, out)

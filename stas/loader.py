@@ -4,7 +4,7 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,8 +30,10 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         if device.type == "cpu":
             return self
-        moved = [tensor.pin_memory().to(device, non_blocking=True) for tensor in (self.images, self.masks, self.weights)]
-        return Batch(*moved, self.total, self.stems)
+        images, masks, weights = (
+            tensor.pin_memory().to(device, non_blocking=True) for tensor in (self.images, self.masks, self.weights)
+        )
+        return Batch(images, masks, weights, self.total, self.stems)
 
 
 def steps_per_epoch(samples: int, batch: int) -> int:
@@ -45,12 +47,16 @@ def epoch_batches(
     """Yield this rank's share of each global batch of an epoch.
 
     Args:
+        store: the samples.
         samples: positions in the store that are for training.
+        recipe: gives the global batch, the seed and the augmentation.
         epoch: from 0.
+        rank: this process, from 0.
+        ranks: how many processes share a batch.
         first: the step to begin with, to go on within an epoch.
     """
     augmentation = build_augmentation(recipe.augment)
-    order = np.random.default_rng([recipe.train.seed, epoch]).permutation(np.asarray(samples))
+    order = np.random.default_rng([recipe.train.seed, epoch]).permutation(np.asarray(samples)).tolist()
     size = recipe.train.batch
     for step in range(first, steps_per_epoch(len(order), size)):
         together = order[step * size : (step + 1) * size]
@@ -60,9 +66,9 @@ def epoch_batches(
             entry = store.samples[index]
             image = scale_intensity(store.image(index), entry["min"], entry["max"], recipe.data)
             mask = torch.from_numpy(store.mask(index)).float()[None] / 255
-            seed = np.random.SeedSequence([recipe.train.seed, epoch, int(index)]).generate_state(1)[0]
+            seed = np.random.SeedSequence([recipe.train.seed, epoch, index]).generate_state(1)[0]
             augmentation.set_random_state(seed=int(seed))
-            changed = augmentation({"image": image, "mask": mask})
+            changed: Any = augmentation({"image": image, "mask": mask})
             images.append(normalise(changed["image"], recipe.data))
             masks.append(changed["mask"])
         stems = [store.samples[index]["stem"] for index in share]
@@ -70,11 +76,11 @@ def epoch_batches(
 
 
 def rank_share(together: Sequence[int], rank: int, ranks: int) -> tuple[list[int], list[float]]:
-    """Cut a global batch into equal shares, repeating its first sample with weight 0 where it does not come out even."""
+    """Cut a global batch into equal shares; where it does not come out even, repeat its first sample with weight 0."""
     each = -(-len(together) // ranks)
-    mine = [int(index) for index in together[rank * each : (rank + 1) * each]]
+    mine = list(together[rank * each : (rank + 1) * each])
     missing = each - len(mine)
-    return mine + [int(together[0])] * missing, [1.0] * len(mine) + [0.0] * missing
+    return mine + [together[0]] * missing, [1.0] * len(mine) + [0.0] * missing
 
 
 def prefetch(items: Iterator[T], depth: int = 2) -> Iterator[T]:

@@ -3,7 +3,9 @@
 from collections.abc import Callable
 
 import torch
-from monai.losses import DiceLoss, FocalLoss, TverskyLoss
+from monai.losses.dice import DiceLoss
+from monai.losses.focal_loss import FocalLoss
+from monai.losses.tversky import TverskyLoss
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 

@@ -1,6 +1,7 @@
 """Networks: images (N, 3, H, W) float32 to foreground logits (N, 1, H, W)."""
 
 import inspect
+from typing import Any, cast
 
 import monai.networks.nets
 import segmentation_models_pytorch as smp
@@ -51,9 +52,9 @@ def _build_smp(model: Model, size: tuple[int, int], pretrained: bool) -> nn.Modu
 
 
 def _build_monai(model: Model, size: tuple[int, int]) -> nn.Module:
-    architecture = getattr(monai.networks.nets, model.architecture, None)
+    architecture: Any = getattr(monai.networks.nets, model.architecture, None)
     parameters = inspect.signature(architecture).parameters if inspect.isclass(architecture) else {}
-    if architecture is None or "out_channels" not in parameters:
+    if "out_channels" not in parameters:
         raise UsageError(
             f"model.architecture = {model.architecture!r}: monai.networks.nets has no such network with out_channels; "
             "UNet, UNETR, SwinUNETR and ViTAutoEnc are some that have"
@@ -61,7 +62,7 @@ def _build_monai(model: Model, size: tuple[int, int]) -> nn.Module:
     given = {"spatial_dims": 2, "in_channels": 3, "out_channels": 1, "img_size": size}
     arguments = {key: value for key, value in given.items() if key in parameters} | model.options
     try:
-        return FirstOutput(architecture(**arguments))
+        return FirstOutput(cast(nn.Module, architecture(**arguments)))
     except (TypeError, ValueError, AssertionError) as error:
         raise UsageError(
             f"MONAI's {model.architecture} with {arguments} cannot be built: {error}; model.options holds its arguments"

@@ -26,7 +26,7 @@ def build_optimizer(parameters: Iterable[Parameter], spec: Optimizer) -> TorchOp
                 lr=spec.lr,
                 betas=spec.betas,
                 eps=spec.eps,
-                weight_decay=spec.weight_decay,
+                weight_decay=spec.weight_decay,  # pyright: ignore[reportArgumentType]
                 weight_decouple=spec.weight_decouple,
                 rectify=spec.rectify,
                 print_change_log=False,

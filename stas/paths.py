@@ -1,10 +1,10 @@
 """Every file name in a workspace, and the only reader of the `STAS_*` environment variables.
 
-    workspace/
-        stores/<key>/           data.mdb, manifest.json: an immutable store of samples
-        stores/<dataset>.json   which store was last made for this label and size
-        runs/<run>/             recipe.yaml, split.json, metrics.jsonl, curves.png, tensorboard/, checkpoints/
-        predictions/<name>/     <stem>.png, probabilities/<stem>.png, manifest.json
+workspace/
+    stores/<key>/           data.mdb, manifest.json: an immutable store of samples
+    stores/<dataset>.json   which store was last made for this label and size
+    runs/<run>/             recipe.yaml, split.json, metrics.jsonl, curves.png, tensorboard/, checkpoints/
+    predictions/<name>/     <stem>.png, probabilities/<stem>.png, manifest.json
 """
 
 import os
@@ -111,6 +111,7 @@ def _checked(what: str, name: str) -> str:
     """A name that is one plain path component, so that no name leads out of the workspace."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}", name):
         raise UsageError(
-            f"{what} {name!r} cannot be a directory name: use 1 to 100 letters, digits and _ . + -, not beginning with a dot"
+            f"{what} {name!r} cannot be a directory name: use 1 to 100 letters, digits and _ . + -, "
+            "beginning with a letter, a digit or _"
         )
     return name

@@ -30,7 +30,7 @@ class MetricsLog:
         kept = [record for record in read_metrics(path) if record["epoch"] <= keep_epochs] if path.exists() else []
         write_text(path, "".join(_line(record) for record in kept))
         self.records = read_metrics(path)  # of all epochs so far, over all parts of the run
-        self._file = path.open("a", buffering=1, encoding="utf-8")  # noqa: SIM115 (stays open for the whole run)
+        self._file = path.open("a", buffering=1, encoding="utf-8")
         self._events = SummaryWriter(str(tensorboard_dir), purge_step=keep_epochs + 1)
 
     def append(self, record: Record) -> None:

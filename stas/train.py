@@ -1,7 +1,7 @@
 """Train one member of the ensemble: alone or under torchrun, on CPU or GPU, the same code.
 
-    stas train --recipe NAME --workspace WS
-    torchrun --nproc-per-node 4 -m stas train --recipe NAME --workspace WS
+stas train --recipe NAME --workspace WS
+torchrun --nproc-per-node 4 -m stas train --recipe NAME --workspace WS
 """
 
 import json
@@ -83,6 +83,8 @@ def train(recipe: Recipe, workspace: Workspace, run: str | None = None, time_lim
     """Train `recipe` to its last epoch, going on from the run's newest checkpoint where there is one.
 
     Args:
+        recipe: what to train.
+        workspace: where its store is and the run's files go.
         run: name of the run; the recipe's where None.
         time_limit: seconds that the run may take over all its parts; it ends well when they are spent.
 
@@ -234,8 +236,10 @@ def _set_up(recipe: Recipe, workspace: Workspace, paths: RunPaths, ranks: Ranks)
         log.info("%s: going on after epoch %d, step %d", paths.root, progress.epoch, progress.step)
     elif ranks.first:
         write_text(paths.recipe, dump_recipe(recipe))
-        stems = {part: [store.samples[i]["stem"] for i in part_of] for part, part_of in
-                 (("training", training), ("validation", validation))}
+        stems = {
+            part: [store.samples[i]["stem"] for i in part_of]
+            for part, part_of in (("training", training), ("validation", validation))
+        }
         write_json(paths.split, {"store": store.key} | stems)
     parallel = _parallel(network, recipe, ranks)
     loss = build_loss(recipe.loss)
@@ -280,7 +284,7 @@ def _autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
 
 
 def _seed_step(seed: int, step: int, rank: int) -> None:
-    """Make the network's own random draws (dropout, stochastic depth) a function of the step, so resuming repeats them."""
+    """Make the network's own random draws (dropout, stochastic depth) a function of the step, also after a resume."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
 
 

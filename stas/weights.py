@@ -124,7 +124,9 @@ def _hub_files(model: Model) -> tuple[str, str | None, list[str]]:
         name = encoder.removeprefix(TIMM)
         config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
         if config is None or not config.hf_hub_id:
-            raise UsageError(f"timm has no pretrained weights for {name!r}: set model.weights to null, or choose another")
+            raise UsageError(
+                f"timm has no pretrained weights for {name!r}: set model.weights to null, or choose another"
+            )
         return config.hf_hub_id, None, ["model.safetensors", config.hf_hub_filename or "pytorch_model.bin"]
     settings = smp.encoders.encoders.get(encoder, {}).get("pretrained_settings", {})
     if model.weights not in settings:

@@ -1,6 +1,8 @@
 """Readings of memory and GPUs."""
 
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import psutil
 import pytest
@@ -44,8 +46,8 @@ def test_a_missing_reading_is_left_out(monkeypatch: pytest.MonkeyPatch):
         raise FileNotFoundError(path)
 
     monkeypatch.setattr(resources.shutil, "disk_usage", missing)
-    monkeypatch.setitem(__import__("sys").modules, "psutil", None)  # importing it raises ImportError
-    monkeypatch.setitem(__import__("sys").modules, "pynvml", None)
+    monkeypatch.setitem(sys.modules, "psutil", None)  # importing it raises ImportError
+    monkeypatch.setitem(sys.modules, "pynvml", None)
     assert not [key for key in usage() if key.startswith(("host_", "shm_", "gpu"))]
 
 
@@ -97,3 +99,46 @@ def test_no_cgroups_at_all(tmp_path: Path):
 )
 def test_visible_gpus(visible: str | None, expected: list[int | str]):
     assert visible_gpus(4, visible) == expected
+
+
+class FakeNvml(ModuleType):
+    """NVIDIA's library on a node with two GPUs, of which the second tells no utilisation, as a part (MIG) does."""
+
+    class NVMLError(Exception):
+        pass
+
+    open = 0
+
+    def nvmlInit(self):
+        self.open += 1
+
+    def nvmlShutdown(self):
+        self.open -= 1
+
+    def nvmlDeviceGetCount(self):
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index: int):
+        return index
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int):
+        return SimpleNamespace(used=(handle + 1) * 2**30, total=32 * 2**30)
+
+    def nvmlDeviceGetUtilizationRates(self, handle: int):
+        if handle == 1:
+            raise self.NVMLError("not supported")
+        return SimpleNamespace(gpu=87)
+
+
+def test_gpus_are_numbered_as_cuda_shows_them(monkeypatch: pytest.MonkeyPatch):
+    fake = FakeNvml("pynvml")
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    assert {key: value for key, value in usage().items() if key.startswith("gpu")} == {
+        "gpu0_used_gib": 2.0,
+        "gpu0_total_gib": 32.0,
+        "gpu1_used_gib": 1.0,
+        "gpu1_total_gib": 32.0,
+        "gpu1_util_percent": 87.0,
+    }
+    assert fake.open == 0
