@@ -119,8 +119,8 @@ def _doctor(options: argparse.Namespace) -> int:
     from stas.doctor import doctor
 
     recipe = load_recipe(options.recipe, options.set) if options.recipe else None
-    workspace = _workspace(options).root if options.workspace else None
-    return 0 if doctor(workspace, recipe) else 1
+    workspace = options.workspace or default_workspace()
+    return 0 if doctor(Path(workspace) if workspace else None, recipe) else 1
 
 
 def _workspace(options: argparse.Namespace) -> Workspace:

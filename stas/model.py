@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stas.config import Model
 from stas.errors import UsageError
-from stas.weights import encoder_arguments, load_encoder_weights
+from stas.weights import TIMM, encoder_arguments, load_encoder_weights
 
 
 def build_network(model: Model, size: tuple[int, int], pretrained: bool) -> nn.Module:
@@ -32,11 +32,16 @@ def _build_smp(model: Model, size: tuple[int, int], pretrained: bool) -> nn.Modu
     architectures = {name: value for name, value in vars(smp).items() if hasattr(value, "check_input_shape")}
     if model.architecture not in architectures:
         raise UsageError(f"model.architecture = {model.architecture!r}: smp has {', '.join(sorted(architectures))}")
+    architecture = architectures[model.architecture]
+    valid = inspect.signature(architecture).parameters.keys() - {"kwargs"}
+    unknown = model.options.keys() - valid
+    if unknown and not (model.encoder or "").startswith(TIMM):  # smp hands others to timm, or drops them silently
+        raise UsageError(
+            f"model.options: {model.architecture} does not know {', '.join(sorted(unknown))}; valid: {sorted(valid)}"
+        )
     arguments = encoder_arguments(model) if pretrained else {"encoder_weights": None}
     try:
-        network = architectures[model.architecture](
-            encoder_name=model.encoder, in_channels=3, classes=1, **arguments, **model.options
-        )
+        network = architecture(encoder_name=model.encoder, in_channels=3, classes=1, **arguments, **model.options)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UsageError(
             f"{model.architecture} with encoder {model.encoder!r} and options {model.options} cannot be built: {error}"
@@ -70,7 +75,11 @@ def _build_monai(model: Model, size: tuple[int, int]) -> nn.Module:
 
 
 class FirstOutput(nn.Module):
-    """Some of MONAI's networks return hidden states after the prediction; keep the prediction."""
+    """Some of MONAI's networks return hidden states after the prediction; keep the prediction.
+
+    Raises:
+        UsageError: the network gives no picture of one channel in its input's size.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -78,4 +87,11 @@ class FirstOutput(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         output = self.network(images)
-        return output[0] if isinstance(output, tuple) else output
+        logits = output[0] if isinstance(output, tuple) else output
+        expected = (len(images), 1, *images.shape[-2:])
+        if logits.shape != expected:
+            raise UsageError(
+                f"model.architecture: {type(self.network).__name__} gives {tuple(logits.shape)} for images of "
+                f"{tuple(images.shape)}, segmentation needs {expected}: choose another, such as UNet"
+            )
+        return logits

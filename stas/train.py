@@ -127,11 +127,11 @@ def train(recipe: Recipe, workspace: Workspace, run: str | None = None, time_lim
                 "best": best,
             }
             _check_finite(record, paths)
-            _save(job, progress, best)
-            if metrics:
+            if metrics:  # before the checkpoint: going on from an older one cuts the line off again
                 metrics.append(record | usage())
-                log.info("%s", epoch_line(record, epochs, time_left(metrics.records, epochs)))
                 draw_curves(metrics.records, paths.curves, title=paths.root.name)
+                log.info("%s", epoch_line(record, epochs, time_left(metrics.records, epochs)))
+            _save(job, progress, best)
         if progress.epoch < epochs:
             log.warning("%s: the time limit ends the run after %d of %d epochs", paths.root, progress.epoch, epochs)
         log.info("%s: best epoch %d, validation loss %.4f", paths.root, progress.best_epoch, progress.best_loss)
@@ -289,12 +289,13 @@ def _seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def _check_same_recipe(recipe: Recipe, saved: Recipe, paths: RunPaths) -> None:
-    """Refuse to go on with another recipe; more epochs and other inference settings are the same training."""
+    """Refuse to go on with another recipe; other inference settings, and more epochs at a constant rate, are the same."""
+    same_rates = recipe.schedule.name == "constant" and not recipe.schedule.warmup
     changed = [
         f"{section}.{key}: {old!r} before, {new!r} now"
         for section in ("data", "model", "loss", "optimizer", "schedule", "augment", "train")
         for (key, old), (_, new) in zip(getattr(saved, section), getattr(recipe, section), strict=True)
-        if old != new and (section, key) != ("train", "epochs")
+        if old != new and not (same_rates and (section, key) == ("train", "epochs"))
     ]
     if changed:
         raise UsageError(

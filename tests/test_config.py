@@ -15,7 +15,11 @@ REFERENCE = {
 def test_the_reference_recipes_are_exact(name):
     recipe = load_recipe(name)
     assert (recipe.model.encoder, recipe.train.batch) == REFERENCE[name]
-    assert (recipe.model.architecture, recipe.model.weights, recipe.data.size) == ("DeepLabV3Plus", "imagenet", (800, 800))
+    assert (recipe.model.architecture, recipe.model.weights, recipe.data.size) == (
+        "DeepLabV3Plus",
+        "imagenet",
+        (800, 800),
+    )
     assert (recipe.data.intensity, recipe.data.mean, recipe.data.std) == ("minmax", None, None)
     assert (recipe.data.split.kind, recipe.data.split.count, recipe.data.label) == ("first", 237, "STAS")
     assert recipe.loss.model_dump(include={"dice", "bce", "focal", "tversky"}) == {
@@ -38,7 +42,12 @@ def test_precedence_is_defaults_then_file_then_set(tmp_path):
         "batch": 3, "epochs": 7, "seed": 0,
     }  # fmt: skip
     changed = load_recipe(str(path), ["train.batch=5", "optimizer.lr=1e-3", "data.size=[64, 96]"])
-    assert (changed.train.batch, changed.train.epochs, changed.optimizer.lr, changed.data.size) == (5, 7, 1e-3, (64, 96))
+    assert (changed.train.batch, changed.train.epochs, changed.optimizer.lr, changed.data.size) == (
+        5,
+        7,
+        1e-3,
+        (64, 96),
+    )
     assert changed.name == "mine"
 
 

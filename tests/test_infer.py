@@ -1,0 +1,133 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from stas.config import Recipe
+from stas.errors import InputDataError, UsageError
+from stas.evaluate import evaluate
+from stas.images import read_image
+from stas.infer import infer, predict_logits
+from stas.paths import Workspace
+from stas.progress import read_metrics
+from stas.train import train
+from tests.launch import stas
+
+
+@pytest.fixture(scope="module")
+def trained(store_workspace: Workspace, tiny: Recipe) -> str:
+    train(tiny, store_workspace, "member")
+    return "member"
+
+
+def masks(directory):
+    return {path.stem: np.asarray(Image.open(path)) for path in sorted(directory.glob("*.png"))}
+
+
+def test_one_mask_per_image_at_its_own_size(store_workspace, trained, sample):
+    out = infer(trained, sample / "Train_Images", store_workspace, probabilities=True)
+    images = {path.stem: read_image(path) for path in (sample / "Train_Images").iterdir()}
+    found = masks(out)
+    assert found.keys() == images.keys()
+    assert len({mask.shape for mask in found.values()}) > 1  # the sample has several sizes
+    for stem, mask in found.items():
+        assert Image.open(out / f"{stem}.png").mode == "L"
+        assert mask.shape == images[stem].shape[:2]
+        assert set(np.unique(mask)) <= {0, 255}
+        probability = np.asarray(Image.open(out / "probabilities" / f"{stem}.png"))
+        assert probability.dtype == np.uint16
+        assert np.array_equal(probability > 32767, mask == 255)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["key"]["run"] == trained and len(manifest["key"]["checkpoint"]) == 64
+    assert manifest["images"].keys() == images.keys()
+
+
+def test_the_same_again_does_nothing_and_other_settings_do(store_workspace, trained, sample, caplog):
+    out = infer(trained, sample / "Train_Images", store_workspace, name="again")
+    before = (out / "manifest.json").stat().st_mtime_ns
+    with caplog.at_level("INFO", "stas"):
+        infer(trained, sample / "Train_Images", store_workspace, name="again")
+    assert "nothing to do" in caplog.text and (out / "manifest.json").stat().st_mtime_ns == before
+    infer(trained, sample / "Train_Images", store_workspace, name="again", threshold=0.01)
+    assert sum(mask.sum() for mask in masks(out).values()) > sum(
+        mask.sum() for mask in masks(store_workspace.predictions(trained)).values()
+    )
+
+
+def test_a_cut_off_run_makes_only_what_is_missing(store_workspace, trained, sample, tmp_path):
+    """A damaged image stops it; with the image whole again, the masks already made are not made again."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for path in sorted((sample / "Train_Images").iterdir()):
+        (images / path.name).write_bytes(path.read_bytes())
+    last = sorted(images.iterdir())[-1]
+    whole = last.read_bytes()
+    last.write_bytes(whole[:500])
+    with pytest.raises(InputDataError, match=last.name):
+        infer(trained, images, store_workspace, name="cut")
+    assert not store_workspace.predictions("cut").exists()
+    last.write_bytes(whole)
+    out = infer(trained, images, store_workspace, name="cut")
+    assert masks(out).keys() == {path.stem for path in images.iterdir()}
+    assert not list(out.parent.glob(".cut.*"))
+
+
+def test_masks_of_other_images_are_not_thrown_away(store_workspace, trained, sample, tmp_path):
+    infer(trained, sample / "Train_Images", store_workspace, name="kept")
+    one = next((sample / "Train_Images").iterdir())
+    (tmp_path / one.name).write_bytes(one.read_bytes())
+    with pytest.raises(UsageError, match="9 images that are not among these"):
+        infer(trained, tmp_path, store_workspace, name="kept")
+    assert len(masks(store_workspace.predictions("kept"))) == 10
+
+
+def test_held_out_scores_are_those_of_training(store_workspace, trained, sample, tmp_path):
+    """Validation reads the store, inference the JPEGs and evaluation the PNGs: all must agree."""
+    out = infer(trained, sample / "Train_Images", store_workspace, name="held", checkpoint="last", held_out=True)
+    assert len(masks(out)) == 3
+    summary = evaluate([out], sample / "Train_Annotations", tmp_path / "scores", sheets=0)
+    validation = read_metrics(store_workspace.run(trained).metrics)[-1]["val_dice"]
+    assert summary["members"]["held"]["mean_dice"] == pytest.approx(validation, abs=2e-3)
+
+
+def test_two_ranks_share_the_images(store_workspace, trained, sample):
+    one = infer(trained, sample / "Train_Images", store_workspace, name="alone")
+    done = stas(
+        *("infer", "--run", trained, "--images", sample / "Train_Images"),
+        *("--workspace", store_workspace.root, "--name", "shared"),
+        ranks=2,
+    )
+    assert done.returncode == 0, done.stderr
+    shared = masks(store_workspace.predictions("shared"))
+    for stem, mask in masks(one).items():
+        assert np.mean(shared[stem] != mask) < 1e-3  # batches differ, and so may the last bit of a logit
+
+
+def test_test_time_augmentation_undoes_each_symmetry():
+    """A network that marks its input's brightness everywhere, and one that prefers the top left corner."""
+    image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    class Mean(nn.Module):
+        def forward(self, images):
+            return images.mean(1, keepdim=True)
+
+    class Corner(nn.Module):
+        def forward(self, images):
+            logits = torch.zeros_like(images[:, :1])
+            logits[..., 0, 0] = 8.0
+            return logits
+
+    assert torch.allclose(predict_logits(Mean(), image, tta=True), image.mean(1, keepdim=True))
+    corners = predict_logits(Corner(), image, tta=True)[0, 0]
+    assert [corners[y, x].item() for y, x in ((0, 0), (0, 7), (7, 0), (7, 7))] == [2, 2, 2, 2]
+    assert corners.sum() == 8
+
+
+def test_no_run_and_no_images(store_workspace, trained, tmp_path):
+    with pytest.raises(InputDataError, match="no such checkpoint"):
+        infer("nobody", tmp_path, store_workspace)
+    with pytest.raises(InputDataError, match="no image in it"):
+        infer(trained, tmp_path, store_workspace)

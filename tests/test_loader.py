@@ -1,0 +1,80 @@
+import threading
+
+import pytest
+import torch
+
+from stas.config import Data
+from stas.loader import epoch_batches, prefetch, rank_share, steps_per_epoch
+from stas.store import open_store
+
+
+def batches(workspace, recipe, rank=0, ranks=1, epoch=0, first=0):
+    store = open_store(workspace, recipe.data)
+    return list(epoch_batches(store, range(len(store)), recipe, epoch, rank, ranks, first))
+
+
+def test_an_epoch_holds_every_sample_once(store_workspace, tiny):
+    seen = [stem for batch in batches(store_workspace, tiny) for stem in batch.stems]
+    assert sorted(seen) == [f"sample_{index:04}" for index in range(10)]
+    other = [stem for batch in batches(store_workspace, tiny, epoch=1) for stem in batch.stems]
+    assert sorted(other) == sorted(seen) and other != seen  # another order every epoch
+
+
+def test_shapes_ranges_and_the_short_last_batch(store_workspace, tiny):
+    *_, last = made = batches(store_workspace, tiny)
+    assert len(made) == steps_per_epoch(10, 4) == 3
+    assert made[0].images.shape == (4, 3, 64, 64) and made[0].masks.shape == (4, 1, 64, 64)
+    assert made[0].images.dtype == made[0].masks.dtype == torch.float32
+    assert made[0].masks.max() <= 1 and made[0].images.max() <= 1
+    assert (last.total, last.images.shape[0]) == (2, 2)
+
+
+def test_ranks_cut_the_same_batches(store_workspace, tiny):
+    """What one process sees is what three see together, augmentation included; padding has weight 0."""
+    alone = batches(store_workspace, tiny)
+    shares = [batches(store_workspace, tiny, rank, 3) for rank in range(3)]
+    for step, whole in enumerate(alone):
+        parts = [share[step] for share in shares]
+        assert {part.images.shape[0] for part in parts} == {-(-whole.total // 3)}
+        assert {part.total for part in parts} == {whole.total}
+        real = torch.cat([part.weights for part in parts]).bool()
+        assert torch.equal(torch.cat([part.images for part in parts])[real], whole.images)
+        assert torch.equal(torch.cat([part.masks for part in parts])[real], whole.masks)
+
+
+def test_beginning_within_an_epoch_gives_the_rest_of_it(store_workspace, tiny):
+    whole, rest = batches(store_workspace, tiny), batches(store_workspace, tiny, first=1)
+    assert [batch.stems for batch in rest] == [batch.stems for batch in whole[1:]]
+    assert torch.equal(rest[0].images, whole[1].images)
+
+
+def test_rank_share_by_hand():
+    assert rank_share([7, 8, 9], 0, 2) == ([7, 8], [1, 1])
+    assert rank_share([7, 8, 9], 1, 2) == ([9, 7], [1, 0])
+    assert rank_share([7], 3, 4) == ([7], [0])
+
+
+def test_prefetch_keeps_order_and_passes_errors_on():
+    assert list(prefetch(iter(range(20)))) == list(range(20))
+
+    def failing():
+        yield 1
+        raise ValueError("no")
+
+    items = prefetch(failing())
+    assert next(items) == 1
+    with pytest.raises(ValueError, match="no"):
+        next(items)
+
+
+def test_prefetch_ends_its_thread_when_left_early():
+    before = threading.active_count()
+    items = prefetch(iter(range(1000)))
+    next(items)
+    items.close()
+    assert threading.active_count() == before
+
+
+def test_a_wrong_size_has_no_store(store_workspace):
+    with pytest.raises(ValueError, match="stas preprocess"):
+        open_store(store_workspace, Data(size=(96, 96)))

@@ -1,0 +1,177 @@
+import json
+import os
+import signal
+import subprocess
+import time
+from dataclasses import asdict
+
+import pytest
+import torch
+import yaml
+
+from stas.checkpoint import load_checkpoint
+from stas.config import Recipe, parse_recipe
+from stas.distributed import Ranks
+from stas.errors import EXIT_RESUMABLE, UsageError
+from stas.progress import read_metrics
+from stas.train import Progress, train
+from tests.launch import QUIET, command, stas
+
+FIGURES = ("train_loss", "val_loss", "val_dice", "lr", "best")
+
+
+def changed(recipe: Recipe, **sections) -> Recipe:
+    values = recipe.model_dump(mode="json")
+    for section, keys in sections.items():
+        values[section] |= keys
+    return parse_recipe(values, "test")
+
+
+def figures(run):
+    return [{key: record[key] for key in FIGURES} for record in read_metrics(run.metrics)]
+
+
+def weights(run, which="last"):
+    return load_checkpoint(run.checkpoint(which)).network
+
+
+def assert_same_run(one, other):
+    """Equal to the bit: every epoch's figures, weights and optimiser state."""
+    assert figures(one) == figures(other)
+    first, second = (load_checkpoint(run.checkpoint("last")) for run in (one, other))
+    for key, value in (first.network | first.optimizer).items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor((second.network | second.optimizer)[key])), key
+    for name, value in weights(one, "best").items():
+        assert torch.equal(value, weights(other, "best")[name]), name
+
+
+def recipe_file(recipe, directory):
+    path = directory / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    return path
+
+
+def test_a_run_learns_and_leaves_what_it_promises(store_workspace, tiny):
+    train(changed(tiny, train={"epochs": 12}), store_workspace, "learns")
+    run = store_workspace.run("learns")
+    records = read_metrics(run.metrics)
+    assert [record["epoch"] for record in records] == list(range(1, 13))
+    assert records[-1]["train_loss"] < 0.9 * records[0]["train_loss"]
+    assert {"host_rss_gib", "shm_used_gib", "images_per_second", "elapsed"} <= records[0].keys()
+    best = min(records, key=lambda record: record["val_loss"])
+    saved = load_checkpoint(run.checkpoint("best"))
+    assert saved.facts["progress"]["best_epoch"] == saved.facts["progress"]["epoch"] == best["epoch"]
+    assert not saved.optimizer
+    split = json.loads(run.split.read_text())
+    assert sorted(split["training"] + split["validation"]) == [f"sample_{index:04}" for index in range(10)]
+    assert saved.facts["validation"] == split["validation"] and len(split["validation"]) == 3
+    assert parse_recipe(yaml.safe_load(run.recipe.read_text()), "written").train.epochs == 12
+    assert run.curves.read_bytes().startswith(b"\x89PNG")
+    assert any(run.tensorboard.glob("events.out.tfevents.*"))
+
+
+def test_two_parts_equal_one_whole(store_workspace, tiny, caplog):
+    whole, parts = store_workspace.run("whole"), store_workspace.run("parts")
+    train(changed(tiny, train={"epochs": 4}), store_workspace, "whole")
+    train(changed(tiny, train={"epochs": 2}), store_workspace, "parts")
+    train(changed(tiny, train={"epochs": 4}), store_workspace, "parts")
+    assert_same_run(whole, parts)
+    before = parts.checkpoint("last").stat().st_mtime_ns
+    with caplog.at_level("INFO", "stas"):
+        train(changed(tiny, train={"epochs": 4}), store_workspace, "parts")
+    assert "nothing to do" in caplog.text and parts.checkpoint("last").stat().st_mtime_ns == before
+
+
+def test_a_run_does_not_go_on_with_another_recipe(store_workspace, tiny):
+    train(tiny, store_workspace, "other")
+    with pytest.raises(UsageError, match=r"optimizer\.lr: 0\.01 before, 0\.5 now"):
+        train(changed(tiny, optimizer={"lr": 0.5}), store_workspace, "other")
+    cosine = changed(tiny, schedule={"name": "cosine"})
+    train(cosine, store_workspace, "cosine")
+    with pytest.raises(UsageError, match=r"train\.epochs: 2 before, 3 now"):  # its rates depend on the epochs
+        train(changed(cosine, train={"epochs": 3}), store_workspace, "cosine")
+
+
+def test_the_time_limit_ends_a_run_well(store_workspace, tiny):
+    run = store_workspace.run("limited")
+    endless = changed(tiny, train={"epochs": 100_000})
+    train(endless, store_workspace, "limited", time_limit=3)
+    done = read_metrics(run.metrics)
+    assert 1 <= len(done) < 1000
+    assert load_checkpoint(run.checkpoint("best")).facts["progress"]["elapsed"] < 6
+    train(endless, store_workspace, "limited", time_limit=3)  # the time is spent: earlier parts count
+    assert len(read_metrics(run.metrics)) == len(done)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_trains(store_workspace, tiny, precision):
+    train(changed(tiny, train={"precision": precision, "epochs": 4}), store_workspace, precision)
+    losses = [record["train_loss"] for record in read_metrics(store_workspace.run(precision).metrics)]
+    assert losses[-1] < losses[0]
+    scaler = load_checkpoint(store_workspace.run(precision).checkpoint("last")).facts["scaler"]
+    assert bool(scaler) == (precision == "fp16")
+
+
+def test_batch_normalisation_and_every_optimiser_resume(store_workspace, tiny):
+    for name in ("adam", "adamw", "sgd"):
+        recipe = changed(
+            tiny,
+            model={"options": {"channels": [4, 8], "strides": [2], "norm": "BATCH"}},
+            optimizer={"name": name, "eps": 1e-8},
+            train={"channels_last": True},
+        )
+        train(changed(recipe, train={"epochs": 3}), store_workspace, f"{name}-whole")
+        train(changed(recipe, train={"epochs": 1}), store_workspace, f"{name}-parts")
+        train(changed(recipe, train={"epochs": 3}), store_workspace, f"{name}-parts")
+        assert_same_run(store_workspace.run(f"{name}-whole"), store_workspace.run(f"{name}-parts"))
+
+
+def test_two_ranks_train_as_one(store_workspace, tiny, tmp_path):
+    """10 samples in batches of 4, 4 and 2... of 7 for training: 4 and 3, so that the last batch does not come out even."""
+    options = tiny.model.options | {"dropout": 0.0}  # dropout draws differ from rank to rank, as they should
+    recipe = changed(tiny, model={"options": options}, train={"epochs": 3})
+    train(recipe, store_workspace, "one-rank")
+    path = recipe_file(recipe, tmp_path)
+    done = stas("train", "--recipe", path, "--workspace", store_workspace.root, "--run", "two-ranks", ranks=2)
+    assert done.returncode == 0, done.stderr
+    one, two = store_workspace.run("one-rank"), store_workspace.run("two-ranks")
+    for alone, together in zip(figures(one), figures(two), strict=True):
+        assert together == pytest.approx(alone, rel=1e-4, abs=1e-5)
+    for name, value in weights(one).items():
+        assert torch.allclose(weights(two)[name], value, rtol=1e-3, atol=1e-4), name
+    assert done.stderr.count("epoch 3/3") == 1  # one rank speaks
+
+
+def test_more_ranks_than_images_in_a_batch_is_refused(store_workspace, tiny, monkeypatch):
+    from contextlib import nullcontext
+
+    from stas import distributed
+
+    monkeypatch.setattr(distributed, "join_ranks", lambda: nullcontext(Ranks(0, 8, torch.device("cpu"))))
+    with pytest.raises(UsageError, match=r"train\.batch = 4 images over 8 ranks"):
+        train(tiny, store_workspace, "narrow")
+
+
+@pytest.mark.slow
+def test_stopped_within_an_epoch_and_started_again_equals_never_stopped(store_workspace, tiny, tmp_path):
+    recipe = changed(tiny, train={"epochs": 8, "batch": 1})
+    train(recipe, store_workspace, "unstopped")
+    path = recipe_file(recipe, tmp_path)
+    again = ["train", "--recipe", path, "--workspace", store_workspace.root, "--run", "stopped"]
+    run = store_workspace.run("stopped")
+    with subprocess.Popen(command(again), env=os.environ | QUIET, stderr=subprocess.PIPE, text=True) as process:
+        while not run.metrics.exists() or len(read_metrics(run.metrics)) < 2:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate()
+    assert process.returncode == EXIT_RESUMABLE, stderr
+    assert "the same command goes on" in stderr
+    at = load_checkpoint(run.checkpoint("last")).facts["progress"]
+    assert at["epoch"] < 8
+    train(recipe, store_workspace, "stopped")
+    assert_same_run(store_workspace.run("unstopped"), run)
+
+
+def test_progress_is_json():
+    assert Progress(**json.loads(json.dumps(asdict(Progress())))) == Progress()
