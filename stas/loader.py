@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -83,7 +83,7 @@ def rank_share(together: Sequence[int], rank: int, ranks: int) -> tuple[list[int
     return mine + [together[0]] * missing, [1.0] * len(mine) + [0.0] * missing
 
 
-def prefetch(items: Iterator[T], depth: int = 2) -> Iterator[T]:
+def prefetch(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
     """Yield from `items`, made up to `depth` ahead in a thread, which torch and Pillow let run beside the step."""
     ready: queue.Queue[tuple[T | None, BaseException | None, bool]] = queue.Queue(depth)
     closed = threading.Event()

@@ -289,7 +289,7 @@ def _seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def _check_same_recipe(recipe: Recipe, saved: Recipe, paths: RunPaths) -> None:
-    """Refuse to go on with another recipe; other inference settings, and more epochs at a constant rate, are the same."""
+    """Refuse another recipe; other inference settings, and more epochs at a constant rate, are the same training."""
     same_rates = recipe.schedule.name == "constant" and not recipe.schedule.warmup
     changed = [
         f"{section}.{key}: {old!r} before, {new!r} now"

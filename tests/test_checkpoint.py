@@ -17,7 +17,7 @@ def trained(name="adabelief", seed=0):
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 1, 1)).to(
         memory_format=torch.channels_last
     )
-    optimizer = build_optimizer(network.parameters(), Optimizer(name=name, lr=0.01))
+    optimizer = build_optimizer(network.parameters(), Optimizer.model_validate({"name": name, "lr": 0.01}))
     for _ in range(2):
         step(network, optimizer)
     return network, optimizer

@@ -7,7 +7,8 @@ from stas.errors import UsageError
 from stas.model import build_network
 
 SMP_ARCHITECTURES = [
-    "Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet", "DeepLabV3", "DeepLabV3Plus", "PAN", "UPerNet", "Segformer",
+    "Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet", "DeepLabV3", "DeepLabV3Plus", "PAN", "UPerNet",
+    "Segformer",
 ]  # fmt: skip
 TRIED = [  # what the reference team and others of the contest tried, beyond the three members
     *[(decoder, "resnet34") for decoder in SMP_ARCHITECTURES],

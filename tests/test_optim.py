@@ -29,7 +29,7 @@ def test_rates_by_hand():
 
 
 def test_adabelief_is_the_references(capsys):
-    """lr 1e-4, eps 1e-16, betas (0.9, 0.99), decoupled decay 1e-4, not rectified: first steps by the paper's formula."""
+    """The reference's values, not rectified: the first steps by the paper's formula."""
     parameter = Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
     optimizer = build_optimizer([parameter], Optimizer())
     assert isinstance(optimizer, AdaBelief)

@@ -127,7 +127,7 @@ def test_batch_normalisation_and_every_optimiser_resume(store_workspace, tiny):
 
 
 def test_two_ranks_train_as_one(store_workspace, tiny, tmp_path):
-    """10 samples in batches of 4, 4 and 2... of 7 for training: 4 and 3, so that the last batch does not come out even."""
+    """7 samples for training in batches of 4 and 3, so that the last does not come out even."""
     options = tiny.model.options | {"dropout": 0.0}  # dropout draws differ from rank to rank, as they should
     recipe = changed(tiny, model={"options": options}, train={"epochs": 3})
     train(recipe, store_workspace, "one-rank")

@@ -1,7 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from monai.transforms import Compose, EnsureChannelFirst, Resize, ScaleIntensity
+from monai.transforms.compose import Compose
+from monai.transforms.intensity.array import ScaleIntensity
+from monai.transforms.spatial.array import Resize
+from monai.transforms.utility.array import EnsureChannelFirst
 
 from stas.config import Augment, Data
 from stas.store import area_resize
@@ -45,7 +48,7 @@ def draws(augment, count, size=8):
 
 
 def test_dihedral_draws_each_of_the_eight_symmetries_equally():
-    image, results = draws(Augment(dihedral=True), 800)
+    _, results = draws(Augment(dihedral=True), 800)
     seen = {}
     for result in results:
         assert torch.equal(result["image"][:1], result["mask"])  # image and mask move together
