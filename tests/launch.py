@@ -14,8 +14,21 @@ def stas(*arguments: object, ranks: int = 0, **environment: str) -> subprocess.C
 
 
 def command(arguments: Sequence[object], ranks: int = 0) -> list[str]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
-    return [sys.executable, *torchrun, "-m", "--", "stas", *map(str, arguments)]
+    stage = ["stas", *map(str, arguments)]
+    if not ranks:
+        return [sys.executable, "-m", *stage]
+    # "--" keeps torchrun from reading --run as an option of its own.
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        "-m",
+        "--",
+        *stage,
+    ]
 
 
 QUIET = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -129,7 +129,8 @@ def test_batch_normalisation_and_every_optimiser_resume(store_workspace, tiny):
 def test_two_ranks_train_as_one(store_workspace, tiny, tmp_path):
     """7 samples for training in batches of 4 and 3, so that the last does not come out even."""
     options = tiny.model.options | {"dropout": 0.0}  # dropout draws differ from rank to rank, as they should
-    recipe = changed(tiny, model={"options": options}, train={"epochs": 3})
+    # SGD, because a bias before a normalisation has rounding noise for a gradient, which AdaBelief would make steps of.
+    recipe = changed(tiny, model={"options": options}, optimizer={"name": "sgd"}, train={"epochs": 3})
     train(recipe, store_workspace, "one-rank")
     path = recipe_file(recipe, tmp_path)
     done = stas("train", "--recipe", path, "--workspace", store_workspace.root, "--run", "two-ranks", ranks=2)
