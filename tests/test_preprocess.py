@@ -407,7 +407,7 @@ def test_two_at_once(cases):
     store = open_store(cases.workspace, load_recipe("lite0").data)
     store.verify()
     assert len(store) == 14
-    assert sorted(path.name for path in cases.workspace.stores.iterdir()) == sorted([store.key, "STAS-448x448.json"])
+    assert sorted(path.name for path in cases.workspace.stores.iterdir()) == sorted([store.key, "STAS-352x640.json"])
 
 
 def test_an_interrupt_leaves_nothing(cases, monkeypatch):
