@@ -21,7 +21,7 @@ demo: install  ## train, vote and score on a made sample, or on DATA=DIR with Tr
 	scripts/demo .demo/$(if $(DATA),data,sample) $(DATA)
 
 test: install  ## run all tests
-	$(VENV)/bin/pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n auto
 
 quick: install  ## run the tests that take seconds
 	$(VENV)/bin/pytest -m "not slow"

@@ -14,7 +14,6 @@ def test_confusion_counts_pixels():
 @pytest.mark.parametrize(
     ("score", "expected"),
     [(dice, 4 / 7), (iou, 2 / 5), (precision, 2 / 3), (recall, 2 / 4)],
-    ids=lambda value: str(value),
 )
 def test_scores_of_hand_counted_pixels(score, expected):
     assert score((2, 1, 2)) == pytest.approx(expected)

@@ -1,0 +1,89 @@
+"""The command line: its speed, its refusals and its exit codes."""
+
+import subprocess
+import sys
+
+import pytest
+
+from stas.cli import main, seconds
+from stas.config import recipe_names
+from stas.errors import StoppedEarly
+
+STAGES = ("preprocess", "train", "infer", "vote", "evaluate", "recipes", "doctor")
+
+
+def test_help_names_every_command_and_loads_no_heavy_package():
+    code = (
+        "import sys; from stas.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print('LOADED', sorted({'torch', 'monai', 'numpy', 'PIL', 'pydantic'} & set(sys.modules)))"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.endswith("LOADED []\n")
+    words = output.split()
+    assert all(stage in words for stage in STAGES)
+    assert "75 stopped early" in " ".join(words)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("3600", 3600), ("90s", 90), ("90m", 5400), ("7.5h", 27000), ("8:00:00", 28800)]
+)
+def test_times_are_read(text: str, expected: float):
+    assert seconds(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "h", "-3", "0", "inf", "nan", "8:00", "soon"])
+def test_what_is_no_time_is_refused_with_the_ways_to_write_one(text: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "--recipe", "lite0", "--workspace", "w", f"--time-limit={text}"])
+    assert "7.5h" in capsys.readouterr().err
+
+
+def test_recipes_are_listed_with_network_size_and_batch(capsys: pytest.CaptureFixture[str]):
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == recipe_names()
+    b6 = next(line for line in lines if line.startswith("efficientnet_b6_ns"))
+    assert "DeepLabV3Plus" in b6 and "800 x 800" in b6 and " 16 " in b6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "--recipe", "lite9", "--workspace", "w"], "no recipe 'lite9'"),
+        (["train", "--recipe", "lite0", "--workspace", "w", "--set", "train.epoch=3"], "train.epoch: unknown key"),
+        (["train", "--recipe", "lite0"], "STAS_WORKSPACE"),
+        (["train", "--recipe", "lite0", "--workspace", "w", "--run", "../up"], "'../up' cannot be a directory name"),
+        (["vote", "--members", "a", "b", "c"], "--out DIR"),
+    ],
+)
+def test_wrong_use_is_exit_code_2_and_names_value_and_remedy(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("STAS_WORKSPACE", raising=False)
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_is_exit_code_3(tmp_path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "truth").mkdir()
+    (tmp_path / "truth" / "a.json").write_text("{")
+    (tmp_path / "member").mkdir()
+    member, truth, out = (str(tmp_path / name) for name in ("member", "truth", "out"))
+    assert main(["evaluate", "--predictions", member, "--truth", truth, "--out", out]) == 3
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "code"), [(StoppedEarly("cut off"), 75), (KeyboardInterrupt(), 130)])
+def test_a_stage_that_is_stopped_says_so_in_its_exit_code(
+    error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def stopped(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("stas.vote.vote", stopped)
+    assert main(["vote", "--members", "a", "b", "c", "--out", "o"]) == code
+    assert capsys.readouterr().err.startswith("stas: ")
