@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from stas import distributed
 from tests.launch import QUIET
 
@@ -35,6 +37,7 @@ def test_one_process_is_the_only_rank():
         distributed.barrier()
 
 
+@pytest.mark.slow
 def test_two_ranks_agree(tmp_path: Path):
     script = tmp_path / "ranks.py"
     script.write_text(TWO_RANKS)

@@ -214,6 +214,7 @@ def test_lite0_can_run_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert all(line[40:42] == "  " and line[42] != " " for line in lines), "columns are not aligned"
 
 
+@pytest.mark.slow
 def test_a_recipe_whose_weights_cannot_be_had_fails(tmp_path: Path):
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "STAS_WEIGHTS_DIR"):

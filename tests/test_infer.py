@@ -93,6 +93,7 @@ def test_held_out_scores_are_those_of_training(store_workspace, trained, sample,
     assert summary["members"]["held"]["mean_dice"] == pytest.approx(validation, abs=2e-3)
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_images(store_workspace, trained, sample):
     one = infer(trained, sample / "Train_Images", store_workspace, name="alone")
     done = stas(

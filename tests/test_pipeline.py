@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import pytest
 import yaml
 from PIL import Image
 
@@ -15,6 +16,7 @@ from tests.launch import stas
 MEMBERS = ("one", "two", "three")
 
 
+@pytest.mark.slow
 def test_from_annotations_to_a_scored_vote(sample: Path, tmp_path: Path):
     workspace, images, annotations = tmp_path / "ws", sample / "Train_Images", sample / "Train_Annotations"
     for seed, member in enumerate(MEMBERS):

@@ -92,6 +92,7 @@ def test_a_run_does_not_go_on_with_another_recipe(store_workspace, tiny):
         train(changed(cosine, train={"epochs": 3}), store_workspace, "cosine")
 
 
+@pytest.mark.slow
 def test_the_time_limit_ends_a_run_well(store_workspace, tiny):
     run = store_workspace.run("limited")
     endless = changed(tiny, train={"epochs": 100_000})
@@ -126,6 +127,7 @@ def test_batch_normalisation_and_every_optimiser_resume(store_workspace, tiny):
         assert_same_run(store_workspace.run(f"{name}-whole"), store_workspace.run(f"{name}-parts"))
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one(store_workspace, tiny, tmp_path):
     """7 samples for training in batches of 4 and 3, so that the last does not come out even."""
     options = tiny.model.options | {"dropout": 0.0}  # dropout draws differ from rank to rank, as they should
