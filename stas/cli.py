@@ -2,12 +2,13 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from stas.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RESUMABLE, EXIT_USAGE, InputDataError, StoppedEarly, UsageError
-from stas.paths import Workspace, default_workspace
+from stas.paths import Workspace, default_workspace, status_directory
 
 EPILOG = "Exit codes: 0 done, 2 wrong option or recipe, 3 bad input data, 75 stopped early (the same command goes on)."
 
@@ -17,6 +18,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logging.getLogger("stas").setLevel(logging.INFO)
+    code = _run(options)
+    if directory := status_directory():
+        (directory / str(os.getpid())).write_text(str(code))
+    return code
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         return options.command(options) or EXIT_OK
     except UsageError as error:
@@ -34,36 +42,58 @@ def _fail(error: Exception | str, code: int) -> int:
     return code
 
 
+def _launch(options: argparse.Namespace) -> int:
+    from stas.launch import launch
+
+    return launch(options.stage, options.processes, options.nodes, options.rendezvous, options.job)
+
+
 def _preprocess(options: argparse.Namespace) -> None:
     from stas.config import load_recipe
+    from stas.ensemble import load_ensemble
     from stas.preprocess import preprocess
 
-    preprocess(
-        options.images,
-        options.annotations,
-        _workspace(options),
-        load_recipe(options.recipe, options.set),
-        masks=options.masks,
-        skip_bad=options.skip_bad,
-        workers=options.workers,
-    )
+    if options.ensemble:
+        # Members that see the same label, size and split share a store.
+        recipes = list(
+            {recipe.data: recipe for recipe in load_ensemble(options.ensemble, options.set).recipes}.values()
+        )
+    else:
+        recipes = [load_recipe(options.recipe, options.set)]
+    for recipe in recipes:
+        preprocess(
+            options.images,
+            options.annotations,
+            _workspace(options),
+            recipe,
+            masks=options.masks,
+            skip_bad=options.skip_bad,
+            workers=options.workers,
+        )
 
 
 def _train(options: argparse.Namespace) -> None:
     from stas.config import load_recipe
+    from stas.ensemble import load_member
     from stas.train import train
 
-    train(load_recipe(options.recipe, options.set), _workspace(options), options.run, options.time_limit)
+    if options.ensemble:
+        recipe = load_member(options.ensemble, _member(options), options.set)
+    else:
+        recipe = load_recipe(options.recipe, options.set)
+    train(recipe, _workspace(options), options.run, options.time_limit)
 
 
 def _infer(options: argparse.Namespace) -> None:
+    from stas.ensemble import load_member
     from stas.infer import infer
 
+    run = load_member(options.ensemble, _member(options)).name if options.ensemble else options.run
     infer(
-        options.run,
+        run,
         options.images,
         _workspace(options),
-        name=options.name,
+        name=options.name or _set_name(run, options),
         checkpoint=options.checkpoint,
         tta=options.tta,
         threshold=options.threshold,
@@ -73,20 +103,28 @@ def _infer(options: argparse.Namespace) -> None:
 
 
 def _vote(options: argparse.Namespace) -> None:
+    from stas.ensemble import load_ensemble
     from stas.vote import vote
 
+    ties = options.ties
+    if bool(options.members) + bool(options.runs) + bool(options.ensemble) != 1:
+        raise UsageError("vote: give one of: runs of a workspace, --ensemble NAME, or --members DIR DIR DIR")
     if options.members:
-        if options.runs or not options.out:
-            raise UsageError("vote: give either runs of a workspace, or --members DIR DIR DIR with --out DIR")
+        if not options.out:
+            raise UsageError("vote: --members needs --out DIR")
         members, out = options.members, options.out
     else:
         workspace = _workspace(options)
-        members = [workspace.predictions(run) for run in options.runs]
-        out = options.out or workspace.predictions(options.name)
+        runs = options.runs
+        if options.ensemble:
+            ensemble = load_ensemble(options.ensemble)
+            runs, ties = ensemble.runs, ties or ensemble.ties
+        members = [workspace.predictions(_set_name(run, options)) for run in runs]
+        out = options.out or workspace.predictions(options.name or _set_name("vote", options))
     vote(
         members,
         out,
-        ties=options.ties,
+        ties=ties,
         weights=options.weights,
         soft=options.soft,
         threshold=options.threshold,
@@ -95,10 +133,16 @@ def _vote(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from stas.ensemble import load_ensemble
     from stas.evaluate import evaluate
 
+    predictions = options.predictions
+    if options.ensemble:
+        workspace = _workspace(options)
+        names = [*load_ensemble(options.ensemble).runs, "vote"]
+        predictions = [workspace.predictions(_set_name(name, options)) for name in names]
     evaluate(
-        options.predictions,
+        predictions,
         options.truth,
         options.out,
         images=options.images,
@@ -110,8 +154,11 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _recipes(options: argparse.Namespace) -> None:
     from stas.config import recipes
+    from stas.ensemble import ensemble_names, load_ensemble
 
     print(recipes())
+    for name in ensemble_names():
+        print(f"ensemble {name}: {', '.join(load_ensemble(name).runs)}")
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -128,6 +175,17 @@ def _workspace(options: argparse.Namespace) -> Workspace:
     if not root:
         raise UsageError("no workspace: give --workspace DIR or set STAS_WORKSPACE")
     return Workspace(Path(root))
+
+
+def _member(options: argparse.Namespace) -> int:
+    if options.member is None:
+        raise UsageError(f"--ensemble {options.ensemble} needs --member INDEX, from 0: which of its recipes")
+    return options.member
+
+
+def _set_name(run: str, options: argparse.Namespace) -> str:
+    """The prediction set of a run: held-out images have one of their own, so that new images do not replace it."""
+    return f"{run}-held-out" if options.held_out else run
 
 
 def seconds(text: str) -> float:
@@ -156,7 +214,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_infer(stages)
     _add_vote(stages)
     _add_evaluate(stages)
-    command = stages.add_parser("recipes", help="list the recipes with encoder, size and batch")
+    _add_launch(stages)
+    command = stages.add_parser("recipes", help="list the recipes with encoder, size and batch; and the ensembles")
     command.set_defaults(command=_recipes)
     command = stages.add_parser("doctor", help="what this machine can run, and what will go wrong")
     command.set_defaults(command=_doctor)
@@ -178,6 +237,7 @@ def _add_preprocess(stages: "argparse._SubParsersAction[argparse.ArgumentParser]
         "--recipe", default="efficientnet_b6_ns", help="its data section counts (default: %(default)s)"
     )
     _add_set(command)
+    _add_ensemble(command, "make what each of its recipes needs, instead of --recipe")
     command.add_argument("--masks", type=Path, metavar="DIR", help="also write the masks as PNG")
     command.add_argument("--skip-bad", action="store_true", help="go on without bad pairs instead of exit code 3")
     command.add_argument("--workers", type=int, help="processes (default: all cores)")
@@ -186,7 +246,10 @@ def _add_preprocess(stages: "argparse._SubParsersAction[argparse.ArgumentParser]
 def _add_train(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     command = stages.add_parser("train", help="train one member; alone or under torchrun")
     command.set_defaults(command=_train)
-    command.add_argument("--recipe", required=True, help="a name that `stas recipes` lists, or a YAML file")
+    which = command.add_mutually_exclusive_group(required=True)
+    which.add_argument("--recipe", help="a name that `stas recipes` lists, or a YAML file")
+    _add_ensemble(which, "take the recipe from a list, with --member")
+    _add_member(command)
     _add_workspace(command)
     command.add_argument("--run", help="name of the run (default: the recipe's)")
     _add_set(command)
@@ -196,25 +259,30 @@ def _add_train(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 def _add_infer(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     command = stages.add_parser("infer", help="masks of a directory of images by one run; alone or under torchrun")
     command.set_defaults(command=_infer)
-    command.add_argument("--run", required=True)
+    which = command.add_mutually_exclusive_group(required=True)
+    which.add_argument("--run")
+    _add_ensemble(which, "take the run from a list, with --member")
+    _add_member(command)
     command.add_argument("--images", type=Path, required=True, metavar="DIR")
     _add_workspace(command)
-    command.add_argument("--name", help="name of the prediction set (default: the run's)")
+    command.add_argument("--name", help="name of the prediction set (default: the run's; RUN-held-out)")
     command.add_argument("--checkpoint", choices=("best", "last"), default="best")
     command.add_argument(
         "--tta", action=argparse.BooleanOptionalAction, default=None, help="average over the square's 8 symmetries"
     )
     command.add_argument("--threshold", type=float, help="probability above which a pixel is foreground")
     command.add_argument("--probabilities", action="store_true", help="also write 16-bit probabilities")
-    command.add_argument("--held-out", action="store_true", help="only the images the run held out for validation")
+    _add_held_out(command)
 
 
 def _add_vote(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     command = stages.add_parser("vote", help="one mask per image by majority of the members")
     command.set_defaults(command=_vote)
     command.add_argument("runs", nargs="*", metavar="RUN", help="prediction sets of the workspace")
+    _add_ensemble(command, "the runs of a list")
+    _add_held_out(command)
     _add_workspace(command)
-    command.add_argument("--name", default="vote", help="name of the result (default: %(default)s)")
+    command.add_argument("--name", help="name of the result (default: vote; vote-held-out)")
     command.add_argument("--members", type=Path, nargs="+", metavar="DIR", help="directories of masks of any maker")
     command.add_argument("--out", type=Path, metavar="DIR")
     command.add_argument("--ties", choices=("foreground", "background"), help="what a tie becomes")
@@ -227,13 +295,39 @@ def _add_vote(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
 def _add_evaluate(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     command = stages.add_parser("evaluate", help="scores and pictures of members and vote against the truth")
     command.set_defaults(command=_evaluate)
-    command.add_argument("--predictions", type=Path, nargs="+", required=True, metavar="DIR")
+    which = command.add_mutually_exclusive_group(required=True)
+    which.add_argument("--predictions", type=Path, nargs="+", metavar="DIR")
+    _add_ensemble(which, "the members of a list, and their vote")
+    _add_held_out(command)
+    _add_workspace(command)
     command.add_argument("--truth", type=Path, required=True, metavar="DIR", help="LabelMe JSON or mask PNG")
     command.add_argument("--out", type=Path, required=True, metavar="DIR")
     command.add_argument("--images", type=Path, metavar="DIR", help="for the pictures (default: the JSON's imagePath)")
     command.add_argument("--label", default="STAS")
     command.add_argument("--threshold", type=float, help="members' values above this are foreground, in their units")
     command.add_argument("--sheets", type=int, default=9, help="how many pictures (default: %(default)s)")
+
+
+def _add_launch(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = stages.add_parser("launch", help="run a stage as a job: train and infer on all GPUs, by torchrun")
+    command.set_defaults(command=_launch)
+    command.add_argument("--processes", type=int, help="of train and infer on this node (default: one for each GPU)")
+    command.add_argument("--nodes", type=int, default=1, help="each runs this command (default: %(default)s)")
+    command.add_argument("--rendezvous", metavar="HOST:PORT", help="where several nodes meet: one of them")
+    command.add_argument("--job", metavar="NAME", help="what tells this job of several nodes from others")
+    command.add_argument("stage", nargs=argparse.REMAINDER, metavar="STAGE ...", help="a stage with its arguments")
+
+
+def _add_ensemble(command: argparse._ActionsContainer, purpose: str) -> None:
+    command.add_argument("--ensemble", metavar="NAME", help=f"{purpose}: a name that `stas recipes` lists, or a file")
+
+
+def _add_member(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--member", type=int, metavar="INDEX", help="which member of --ensemble, from 0")
+
+
+def _add_held_out(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--held-out", action="store_true", help="only the images the runs held out for validation")
 
 
 def _add_workspace(command: argparse.ArgumentParser) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from stas.errors import UsageError
 
+STATUS_DIRECTORY = "STAS_STATUS_DIR"
+
 
 @dataclass(frozen=True)
 class Workspace:
@@ -104,6 +106,12 @@ def weights_directory() -> Path | None:
 def cache_directory() -> Path | None:
     """STAS_CACHE_DIR: node-local disk to which a store on a network file system is copied."""
     value = os.environ.get("STAS_CACHE_DIR")
+    return Path(value) if value else None
+
+
+def status_directory() -> Path | None:
+    """STAS_STATUS_DIR: where `stas launch` wants each of its processes to leave its exit code."""
+    value = os.environ.get(STATUS_DIRECTORY)
     return Path(value) if value else None
 
 

@@ -78,6 +78,14 @@ def list_members(directories: Sequence[Path]) -> Members:
         InputDataError: no directory or no PNG in it; stems or sizes differ; names the members and cases.
     """
     names = _unique_names(directories)
+    missing = [
+        f"{name}: no {directory}" for name, directory in zip(names, directories, strict=True) if not directory.is_dir()
+    ]
+    if missing:
+        raise InputDataError(
+            f"{len(missing)} of {len(names)} members are missing:\n  " + "\n  ".join(missing) + "\n"
+            "Predict them, or leave them out"
+        )
     members = [
         Member(name, directory, list_images(directory, (".png",)))
         for name, directory in zip(names, directories, strict=True)

@@ -1,7 +1,7 @@
 """Train one member of the ensemble: alone or under torchrun, on CPU or GPU, the same code.
 
 stas train --recipe NAME --workspace WS
-torchrun --nproc-per-node 4 -m stas train --recipe NAME --workspace WS
+stas launch train --recipe NAME --workspace WS     (one rank per GPU)
 """
 
 import json
@@ -9,6 +9,7 @@ import logging
 import math
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -251,13 +252,15 @@ def _parallel(network: nn.Module, recipe: Recipe, ranks: Ranks) -> nn.Module:
     if ranks.size == 1:
         return parallel  # pyright: ignore[reportReturnType]
     devices = [ranks.device] if ranks.device.type == "cuda" else None
-    return DistributedDataParallel(
-        parallel,  # pyright: ignore[reportArgumentType]
-        device_ids=devices,
-        broadcast_buffers=False,  # each rank keeps its own running statistics until validation takes the first's
-        gradient_as_bucket_view=True,
-        static_graph=True,
-    )
+    with warnings.catch_warnings():  # torch 2.14 renames broadcast_buffers; 2.6 knows only the old name
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(
+            parallel,  # pyright: ignore[reportArgumentType]
+            device_ids=devices,
+            broadcast_buffers=False,  # each rank keeps its own running statistics until validation takes the first's
+            gradient_as_bucket_view=True,
+            static_graph=True,
+        )
 
 
 def _save(job: Job, progress: Progress, best: bool = False) -> None:

@@ -43,7 +43,11 @@ def test_what_is_no_time_is_refused_with_the_ways_to_write_one(text: str, capsys
 def test_recipes_are_listed_with_network_size_and_batch(capsys: pytest.CaptureFixture[str]):
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == recipe_names()
+    assert [line.split()[0] for line in lines[1:-2]] == recipe_names()
+    assert lines[-2:] == [
+        "ensemble reference: efficientnet_b6_ns, efficientnetv2_m, eca_nfnet_l2",
+        "ensemble small: lite0, lite0_fpn, lite0_pan",
+    ]
     b6 = next(line for line in lines if line.startswith("efficientnet_b6_ns"))
     assert "DeepLabV3Plus" in b6 and "800 x 800" in b6 and " 16 " in b6
 

@@ -1,0 +1,84 @@
+"""Ensembles: the one list of the recipes that are trained together and vote together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from stas.config import Recipe, Section, load_recipe, recipe_names
+from stas.errors import UsageError
+
+ENSEMBLES = Path(__file__).parent / "ensembles"
+
+
+class _File(Section):
+    members: list[str] = Field(min_length=2)
+    ties: Literal["foreground", "background"] | None = None
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """What an ensemble file says: its recipes in order, and what becomes of a tie of an even number of members."""
+
+    recipes: tuple[Recipe, ...]
+    ties: Literal["foreground", "background"] | None
+
+    @property
+    def runs(self) -> list[str]:
+        """The names of the members' training runs."""
+        return [recipe.name for recipe in self.recipes]
+
+
+def ensemble_names() -> list[str]:
+    """The ensembles that come with the package."""
+    return sorted(path.stem for path in ENSEMBLES.glob("*.yaml"))
+
+
+def load_ensemble(name: str, overrides: Sequence[str] = ()) -> Ensemble:
+    """Load an ensemble and its recipes.
+
+    Args:
+        name: the name of a packaged ensemble, or the path of a YAML file.
+        overrides: as `load_recipe` takes them, for every recipe.
+
+    Raises:
+        UsageError: no such ensemble or recipe, a wrong key, or two members of one name.
+    """
+    path = ENSEMBLES / f"{name}.yaml" if name in ensemble_names() else Path(name)
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        raise UsageError(f"no ensemble {name!r}: give a YAML file, or one of {', '.join(ensemble_names())}")
+    try:
+        file = _File.model_validate(yaml.safe_load(path.read_text()))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValidationError) as error:
+        raise UsageError(
+            f"{path}: not an ensemble ({error}): write a list `members` of at least two recipes and, for an even "
+            "number of them, `ties: background` or `ties: foreground`"
+        ) from error
+    recipes = tuple(load_recipe(_recipe(member, path), overrides) for member in file.members)
+    names = [recipe.name for recipe in recipes]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UsageError(f"{path}: two members are called {', '.join(twice)}: give each recipe a name of its own")
+    return Ensemble(recipes, file.ties)
+
+
+def load_member(name: str, index: int, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of member `index`, from 0, as an array job counts its tasks.
+
+    Raises:
+        UsageError: as `load_ensemble`; or no such member.
+    """
+    recipes = load_ensemble(name, overrides).recipes
+    if not 0 <= index < len(recipes):
+        raise UsageError(
+            f"ensemble {name} has {len(recipes)} members, numbered 0 to {len(recipes) - 1}; there is no member {index}"
+        )
+    return recipes[index]
+
+
+def _recipe(member: str, ensemble: Path) -> str:
+    """A packaged recipe's name as it is; a path relative to the ensemble's file."""
+    return member if member in recipe_names() else str(ensemble.parent / member)

@@ -1,0 +1,113 @@
+"""The entry point of every launcher: Slurm, Kubernetes, docker and the shell all end in `stas launch STAGE ...`.
+
+Only here does torchrun start. It hides its workers' exit codes, so every rank leaves its own in a status directory.
+"""
+
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from stas.cli import main
+from stas.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RESUMABLE, EXIT_USAGE, StoppedEarly, UsageError
+from stas.paths import STATUS_DIRECTORY
+
+RANKED = ("train", "infer")  # the stages that run as several processes
+# Seconds between SIGTERM and SIGKILL for the ranks. Longer than a checkpoint takes; shorter than Kubernetes'
+# terminationGracePeriodSeconds and Slurm's --signal lead (a test compares them).
+SHUTDOWN_TIMEOUT = 120
+
+
+def launch(
+    stage: Sequence[str],
+    processes: int | None = None,
+    nodes: int = 1,
+    rendezvous: str | None = None,
+    job: str | None = None,
+) -> int:
+    """Run one stage, `train` and `infer` as one process per GPU of every node.
+
+    Args:
+        stage: the stage with its arguments, as after `stas`.
+        processes: ranks on this node; None: one for each GPU, or one where there is none.
+        nodes: nodes of the job; each runs this same command.
+        rendezvous: host:port of one of the nodes, where they meet; needed for several.
+        job: what tells this job from others that meet at the same place; needed for several nodes.
+
+    Returns:
+        The stage's exit code: the gravest of its ranks'.
+
+    Raises:
+        StoppedEarly: SIGTERM or SIGUSR1 came before the stage could handle it.
+        UsageError: several nodes without a place to meet.
+    """
+    if nodes > 1 and not (rendezvous and job):
+        raise UsageError(f"{nodes} nodes need --rendezvous HOST:PORT and --job NAME, the same on all of them")
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGUSR1, _stop)
+    if not stage or stage[0] not in RANKED:
+        return main(stage)
+    count = processes or _gpus() or 1
+    if count * nodes == 1:
+        return main(stage)
+    place = ["--rdzv-backend", "c10d", "--rdzv-endpoint", rendezvous, "--rdzv-id", job] if rendezvous and job else []
+    return _torchrun(
+        ["--nnodes", str(nodes), "--nproc-per-node", str(count), *(place or ["--standalone"])], stage, count
+    )
+
+
+def gravest(codes: Sequence[int | None], stopped: bool) -> int:
+    """One exit code for all ranks.
+
+    Args:
+        codes: what each rank ended with; None where it was killed or failed with a traceback.
+        stopped: whether a signal asked for the end.
+    """
+    for code in (EXIT_USAGE, EXIT_BAD_INPUT):
+        if code in codes:
+            return code
+    if all(code == EXIT_OK for code in codes):
+        return EXIT_OK
+    if stopped or all(code in (EXIT_OK, EXIT_RESUMABLE) for code in codes):
+        return EXIT_RESUMABLE
+    return 1
+
+
+def _torchrun(options: list[str], stage: Sequence[str], count: int) -> int:
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import get_args_parser, parse_args, run
+
+    # Half of the cores would idle with torchrun's default of one thread a rank.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+    if "--shutdown-timeout" in get_args_parser().format_help():  # older ones wait 30 seconds
+        options = [*options, "--shutdown-timeout", str(SHUTDOWN_TIMEOUT)]
+    # torchrun takes over SIGTERM when it has started the ranks; SIGUSR1, Slurm's warning, shall mean the same.
+    signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    stopped = False
+    with tempfile.TemporaryDirectory(prefix="stas-status-") as directory:
+        os.environ[STATUS_DIRECTORY] = directory
+        try:
+            # "--" keeps torchrun from reading the stage's options as its own.
+            run(parse_args([*options, "-m", "--", "stas", *stage]))
+        except (SignalException, StoppedEarly):
+            stopped = True
+        except ChildFailedError as error:
+            print(f"stas: {error}", file=sys.stderr)
+        finally:
+            del os.environ[STATUS_DIRECTORY]  # it was for the ranks
+        said: list[int | None] = [int(path.read_text()) for path in Path(directory).iterdir()]
+    return gravest(said + [None] * (count - len(said)), stopped)
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise StoppedEarly(f"{signal.Signals(number).name} came; the same command goes on")

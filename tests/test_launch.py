@@ -1,0 +1,107 @@
+"""`stas launch`: ranks, their exit codes made one, and signals, with real processes."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stas.checkpoint import load_checkpoint
+from stas.config import Recipe
+from stas.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RESUMABLE, EXIT_USAGE
+from stas.launch import gravest
+from stas.paths import Workspace
+from stas.progress import read_metrics
+from tests.launch import QUIET, stas
+
+
+@pytest.mark.parametrize(
+    ("codes", "stopped", "expected"),
+    [
+        ([0, 0], False, EXIT_OK),
+        ([0, 0], True, EXIT_OK),  # the signal came when all was done
+        ([75, 75], True, EXIT_RESUMABLE),
+        ([75, 75], False, EXIT_RESUMABLE),  # another node was told to stop
+        ([None, 75], False, 1),  # a rank died
+        ([None, None], True, EXIT_RESUMABLE),  # killed while they were starting
+        ([None, 0], False, 1),
+        ([2, None], False, EXIT_USAGE),
+        ([None, 3], True, EXIT_BAD_INPUT),
+    ],
+)
+def test_one_exit_code_for_all_ranks(codes: list[int | None], stopped: bool, expected: int):
+    assert gravest(codes, stopped) == expected
+
+
+def start(arguments: list[object], **environment: str) -> subprocess.Popen[str]:
+    line = [sys.executable, "-m", "stas", "launch", *map(str, arguments)]
+    return subprocess.Popen(line, env=os.environ | QUIET | environment, stderr=subprocess.PIPE, text=True)
+
+
+def recipe_file(recipe: Recipe, path: Path, epochs: int) -> Path:
+    values = recipe.model_dump(mode="json")
+    values["train"]["epochs"] = epochs
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_a_stage_of_one_process_runs_without_torchrun(tmp_path: Path):
+    done = stas("launch", "vote", "--members", tmp_path / "a", tmp_path / "b", tmp_path / "c", "--out", tmp_path / "o")
+    assert done.returncode == EXIT_BAD_INPUT
+    assert "3 of 3 members are missing" in done.stderr
+
+
+def test_several_nodes_need_a_place_to_meet():
+    done = stas("launch", "--nodes", 2, "train", "--recipe", "lite0", "--workspace", "w")
+    assert done.returncode == EXIT_USAGE and "--rendezvous HOST:PORT" in done.stderr
+
+
+@pytest.mark.slow
+def test_ranks_that_refuse_a_recipe_give_its_exit_code(store_workspace: Workspace, tiny: Recipe, tmp_path: Path):
+    path = recipe_file(tiny, tmp_path / "tiny.yaml", epochs=1)
+    done = stas(
+        *("launch", "--processes", 2, "train", "--recipe", path, "--workspace", store_workspace.root),
+        *("--run", "refused", "--set", "train.batch=1"),
+    )
+    assert done.returncode == EXIT_USAGE
+    assert "1 images over 2 ranks" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_launcher_stops_all_ranks_at_one_step(
+    store_workspace: Workspace, tiny: Recipe, tmp_path: Path, sent: signal.Signals
+):
+    run = store_workspace.run(f"launched-{sent.name}")
+    path = recipe_file(tiny, tmp_path / "tiny.yaml", epochs=100_000)
+    again = ["--processes", 2, "train", "--recipe", path, "--workspace", store_workspace.root, "--run", run.root.name]
+    with start(again) as process:
+        while not run.metrics.exists() or len(read_metrics(run.metrics)) < 2:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(sent)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == EXIT_RESUMABLE, said
+    # 7 images in batches of 4: two steps an epoch, so that a loss sum of both ranks belongs to one of them.
+    assert load_checkpoint(run.checkpoint("last")).facts["progress"]["epoch"] >= 2
+    assert "the same command goes on" in said
+
+
+@pytest.mark.slow
+def test_two_launchers_meet_and_train_as_two_nodes(store_workspace: Workspace, tiny: Recipe, tmp_path: Path):
+    path = recipe_file(tiny, tmp_path / "tiny.yaml", epochs=2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    node = ["--nodes", 2, "--processes", 1, "--rendezvous", place, "--job", "both"]
+    arguments = [*node, "train", "--recipe", path, "--workspace", store_workspace.root, "--run", "two-nodes"]
+    with start(arguments) as first, start(arguments) as second:
+        said = first.communicate(timeout=120)[1] + second.communicate(timeout=120)[1]
+    assert (first.returncode, second.returncode) == (0, 0), said
+    assert len(re.findall(r"epoch +2/2", said)) == 1  # one rank speaks
