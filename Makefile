@@ -21,10 +21,11 @@ demo: install  ## train, vote and score on a made sample, or on DATA=DIR with Tr
 	scripts/demo .demo/$(if $(DATA),data,sample) $(DATA)
 
 test: install  ## run all tests
-	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n auto
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n auto -m "not cluster"
+	$(VENV)/bin/pytest -m cluster -rs
 
 quick: install  ## run the tests that take seconds
-	$(VENV)/bin/pytest -m "not slow"
+	$(VENV)/bin/pytest -m "not slow and not cluster"
 
 lint: install  ## check style and format
 	$(VENV)/bin/ruff check .
