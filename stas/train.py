@@ -242,6 +242,7 @@ def _set_up(recipe: Recipe, workspace: Workspace, paths: RunPaths, ranks: Ranks)
             for part, part_of in (("training", training), ("validation", validation))
         }
         write_json(paths.split, {"store": store.key} | stems)
+    log.info("%s: %d ranks on %s", paths.root, ranks.size, ranks.device.type)
     parallel = _parallel(network, recipe, ranks)
     loss = build_loss(recipe.loss)
     return Job(recipe, paths, ranks, store, training, validation, network, parallel, optimizer, scaler, loss), progress

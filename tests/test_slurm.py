@@ -1,0 +1,226 @@
+"""The batch scripts in a real Slurm: the chain, a failing member, two nodes, and jobs that are cut off."""
+
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from stas.checkpoint import load_checkpoint
+from stas.paths import RunPaths, Workspace
+from stas.progress import read_metrics
+from tests.conftest import TINY
+from tests.slurm import Slurm, start_slurm, why_not
+
+pytestmark = pytest.mark.cluster
+REPOSITORY = Path(__file__).parents[1]
+MEMBERS = ("one", "two", "three")
+ENDLESS = 1_000_000  # epochs
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    if reason := why_not():
+        pytest.skip(reason)
+    with start_slurm(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def site(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A workspace, three tiny recipes, and the environment that takes the place of slurm/site.sh."""
+    root = tmp_path_factory.mktemp("site")
+    for seed, name in enumerate(MEMBERS):
+        write_recipe(root / f"{name}.yaml", seed=seed)
+    write_recipe(root / "endless.yaml", epochs=ENDLESS)
+    write_ensemble(root / "ensemble.yaml", *MEMBERS)
+    environment = {
+        "DATA": str(sample),
+        "PREDICT_IMAGES": str(sample / "Train_Images"),
+        "WORKSPACE": str(root / "workspace"),
+        "ENSEMBLE": str(root / "ensemble.yaml"),
+        "OMP_NUM_THREADS": "1",
+    }
+    return SimpleNamespace(root=root, workspace=Workspace(root / "workspace"), environment=environment, sample=sample)
+
+
+def write_recipe(path: Path, **changes: int) -> None:
+    train: dict[str, Any] = TINY["train"] | changes
+    path.write_text(yaml.safe_dump(TINY | {"name": path.stem, "train": train}))
+
+
+def write_ensemble(path: Path, *members: str) -> Path:
+    path.write_text(yaml.safe_dump({"members": [f"{member}.yaml" for member in members], "ties": "background"}))
+    return path
+
+
+def submit_chain(slurm: Slurm, site: SimpleNamespace, **environment: str) -> dict[str, str]:
+    """The job number of each stage, as scripts/submit_slurm prints them."""
+    said = slurm.run(REPOSITORY / "scripts" / "submit_slurm", **(site.environment | environment))
+    return dict(re.findall(r"(\w+) (\d+)[,;]", said))
+
+
+def submit(slurm: Slurm, site: SimpleNamespace, script: str, *options: str, **environment: str) -> str:
+    """Submit one batch script by hand, as the README says, from the repository's root."""
+    log = f"--output={site.root}/{script}-%j.log"
+    done = subprocess.run(
+        ["sbatch", "--parsable", log, *options, f"slurm/{script}.sbatch"],
+        cwd=REPOSITORY,
+        env=slurm.environment | site.environment | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+def train_endless(
+    slurm: Slurm, site: SimpleNamespace, name: str, *options: str, **environment: str
+) -> tuple[str, RunPaths]:
+    """Submit a run of its own that only its time limit or a signal ends."""
+    write_recipe(site.root / f"{name}.yaml", epochs=ENDLESS)
+    ensemble = write_ensemble(site.root / f"{name}-alone.yaml", name, "one")
+    environment = {"ENSEMBLE": str(ensemble)} | environment
+    # One GPU: the ranks are not what is tested.
+    job = submit(slurm, site, "train", "--array=0", "--gpus-per-node=1", *options, **environment)
+    return job, site.workspace.run(name)
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds} s for {what}"
+        time.sleep(0.2)
+
+
+def epochs(run: RunPaths) -> int:
+    return len(read_metrics(run.metrics)) if run.metrics.exists() else 0
+
+
+def log_of(site: SimpleNamespace, job: str, script: str = "train") -> str:
+    return "\n".join(path.read_text() for path in site.root.glob(f"{script}-*.log"))
+
+
+def masks(directory: Path) -> dict[str, np.ndarray]:
+    return {path.stem: np.asarray(Image.open(path)) for path in sorted(directory.glob("*.png"))}
+
+
+def test_the_chain_goes_from_annotations_to_voted_masks(slurm: Slurm, site: SimpleNamespace):
+    jobs = submit_chain(slurm, site)
+    assert slurm.wait(jobs["vote"], 600) == ["COMPLETED"]
+    assert slurm.states(jobs["train"]) == slurm.states(jobs["infer"]) == ["COMPLETED"] * 3
+    sets = [masks(site.workspace.predictions(name)) for name in (*MEMBERS, "vote")]
+    images = {path.stem: Image.open(path).size for path in (site.sample / "Train_Images").iterdir()}
+    assert sets[3].keys() == images.keys()
+    for stem, (width, height) in images.items():
+        one, two, three, vote = (one_set[stem] > 0 for one_set in sets)
+        assert vote.shape == (height, width)
+        assert np.array_equal(vote, (one & two) | (three & (one | two)))
+    held_out = load_checkpoint(site.workspace.run("one").checkpoint("best")).facts["validation"]
+    assert sorted(masks(site.workspace.predictions("vote-held-out"))) == sorted(held_out)
+    assert (site.workspace.root / "evaluation" / "sheets.png").exists()
+    # 4 GPUs a node: four ranks took part, of which one spoke.
+    log = (site.workspace.root / "logs" / f"train-{jobs['train']}_0.log").read_text()
+    assert "4 ranks" in log and log.count("epoch 2/2") == 1
+
+
+def test_a_member_that_fails_leaves_the_others_and_the_vote_says_who_is_missing(slurm: Slurm, site: SimpleNamespace):
+    (site.root / "broken.yaml").write_text(yaml.safe_dump(TINY | {"name": "broken", "data": {"size": 96}}))
+    ensemble = write_ensemble(site.root / "with-broken.yaml", "one", "broken", "three")
+    # The store of 96 pixels is not there, because preprocess made that of another ensemble.
+    train = submit(slurm, site, "train", ENSEMBLE=str(ensemble))
+    infer = submit(
+        slurm, site, "infer", f"--dependency=aftercorr:{train}", "--kill-on-invalid-dep=yes", ENSEMBLE=str(ensemble)
+    )
+    vote = submit(slurm, site, "vote", f"--dependency=afterany:{infer}", ENSEMBLE=str(ensemble))
+    assert slurm.wait(vote, 400) == ["FAILED"]
+    assert slurm.states(train) == ["COMPLETED", "FAILED", "COMPLETED"]
+    assert slurm.states(infer) == ["COMPLETED", "CANCELLED", "COMPLETED"]
+    assert slurm.facts(vote)[0]["ExitCode"] == "3:0"
+    said = log_of(site, vote, "vote")
+    assert "1 of 3 members are missing" in said and "broken: no" in said
+
+
+def test_two_nodes_train_one_run(slurm: Slurm, site: SimpleNamespace):
+    options = ("--array=1", "--nodes=2", "--gpus-per-node=1")
+    recipe = site.root / "pair.yaml"
+    write_recipe(recipe, epochs=3)
+    ensemble = write_ensemble(site.root / "pairs.yaml", "one", "pair")
+    job = submit(slurm, site, "train", *options, ENSEMBLE=str(ensemble))
+    assert slurm.wait(job) == ["COMPLETED"], log_of(site, job)
+    assert slurm.facts(job)[0]["NumNodes"] == "2"
+    assert epochs(site.workspace.run("pair")) == 3
+    assert "2 ranks" in log_of(site, job)
+
+
+def test_a_job_cut_off_by_its_walltime_is_requeued_and_ends(slurm: Slurm, site: SimpleNamespace):
+    """One minute of walltime and a warning 30 s before it, for a training of 50 s after its start of some seconds."""
+    job, run = train_endless(
+        slurm, site, "walltime", "--time=1", "--signal=B:USR1@30", "--open-mode=append", TIME_LIMIT="50s"
+    )
+    assert slurm.wait(job, 400) == ["COMPLETED"], log_of(site, job)
+    assert int(slurm.facts(job)[0]["Restarts"]) >= 1
+    elapsed = load_checkpoint(run.checkpoint("last")).facts["progress"]["elapsed"]
+    assert 50 <= elapsed < 60  # all parts together
+    assert "goes back into the queue, restart 1" in log_of(site, job)
+
+
+def test_a_cancelled_job_leaves_a_checkpoint_and_stays_cancelled(slurm: Slurm, site: SimpleNamespace):
+    job, run = train_endless(slurm, site, "cancelled")
+    wait_until(lambda: epochs(run) > 3, "epochs")
+    slurm.run("scancel", job)
+    assert slurm.wait(job, 60) == ["CANCELLED"]
+    wait_until(lambda: "the same command goes on" in log_of(site, job), "the checkpoint", 30)
+    done = epochs(run)
+    assert load_checkpoint(run.checkpoint("last")).facts["progress"]["epoch"] == done
+    again = submit(
+        slurm,
+        site,
+        "train",
+        "--array=0",
+        "--gpus-per-node=1",
+        ENSEMBLE=str(site.root / "cancelled-alone.yaml"),
+        TIME_LIMIT="1s",
+    )
+    assert slurm.wait(again) == ["COMPLETED"]
+    assert epochs(run) == done, "the time is spent, so nothing was trained again"
+
+
+def test_a_requeued_job_goes_on(slurm: Slurm, site: SimpleNamespace):
+    """As Slurm does by itself when a node fails or another job takes its place."""
+    job, run = train_endless(slurm, site, "requeued", TIME_LIMIT="15s")
+    wait_until(lambda: epochs(run) > 3, "epochs")
+    slurm.run("scontrol", "requeue", f"{job}_0")
+    assert slurm.wait(job) == ["COMPLETED"], log_of(site, job)
+    assert slurm.facts(job)[0]["Restarts"] == "1"
+    steps = [record["epoch"] for record in read_metrics(run.metrics)]
+    assert steps == list(range(1, len(steps) + 1)), "no epoch twice, none left out"
+
+
+def test_a_dry_run_submits_nothing_and_shows_the_chain(slurm: Slurm, site: SimpleNamespace):
+    before = slurm.run("squeue", "--noheader", "--states=all", "--format=%A")
+    done = subprocess.run(
+        [REPOSITORY / "scripts" / "submit_slurm", "--dry-run"],
+        env=os.environ | slurm.environment | site.environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert slurm.run("squeue", "--noheader", "--states=all", "--format=%A") == before
+    lines = done.stderr.splitlines()
+    assert [line.split()[-1] for line in lines] == [
+        f"slurm/{name}.sbatch" for name in ("preprocess", "train", "infer", "vote")
+    ]
+    assert all("--kill-on-invalid-dep=yes" in line for line in lines)
+    for line, dependency in zip(
+        lines[1:], ("afterok:<preprocess>", "aftercorr:<train>", "afterany:<infer>"), strict=True
+    ):
+        assert f"--dependency={dependency}" in line
