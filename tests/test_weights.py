@@ -1,15 +1,19 @@
+import hashlib
 import os
 import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from stas.config import Model, load_recipe
 from stas.errors import UsageError
 from stas.model import build_network
 from stas.weights import find_weights, weights_file_name
+from tests.launch import stas
 
 LITE0 = Model(encoder="tu-tf_efficientnet_lite0.in1k", weights="imagenet")
 SMALL = Model(encoder="tu-mobilenetv3_small_050.lamb_in1k", weights="imagenet")
@@ -90,3 +94,68 @@ def test_weights_that_do_not_exist_are_an_error():
 
 def test_none_asked_for():
     assert "none asked for" in find_weights(load_recipe("efficientnet_b6_ns", ["model.weights=null"]).model)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hugging Face hub as its client asks for: one safetensors file in every repository."""
+
+    content = b""
+
+    def do_HEAD(self):
+        found = self.path.endswith("/resolve/main/model.safetensors")
+        self.send_response(200 if found else 404)
+        if not found:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("ETag", f'"{hashlib.sha256(self.content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("Content-Length", str(len(self.content) if found else 0))
+        self.end_headers()
+
+    def do_GET(self):
+        self.do_HEAD()
+        self.wfile.write(self.content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A hub on this machine, and the environment that sends the client to it."""
+    import timm
+
+    torch.manual_seed(2)
+    save_file(timm.create_model("mobilenetv3_small_050").state_dict(), tmp_path / "served.safetensors")
+    Hub.content = (tmp_path / "served.safetensors").read_bytes()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf"), "no_proxy": "*"}
+    server.shutdown()
+
+
+def test_weights_fetched_here_load_there_without_network(hub, tmp_path):
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text("model: {encoder: tu-mobilenetv3_small_050.lamb_in1k}")
+    fetched = stas("weights", "fetch", tmp_path / "weights", "--recipe", recipe, **hub)
+    assert fetched.returncode == 0, fetched.stderr
+    file = tmp_path / "weights" / "mobilenetv3_small_050.lamb_in1k.safetensors"
+    assert file.read_bytes() == Hub.content
+    again = stas("weights", "fetch", tmp_path / "weights", "--recipe", recipe, HF_HUB_OFFLINE="1")
+    assert again.returncode == 0 and "is there" in again.stderr
+    program = (
+        "from stas.config import load_recipe; from stas.model import build_network\n"
+        f"network = build_network(load_recipe({str(recipe)!r}).model, (64, 64), pretrained=True)\n"
+        "print(network.state_dict()['encoder.model.conv_stem.weight'].sum().item())"
+    )
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty"), "STAS_WEIGHTS_DIR": str(file.parent)}
+    done = subprocess.run([sys.executable, "-c", program], env=os.environ | offline, capture_output=True, text=True)
+    assert float(done.stdout) == pytest.approx(load_file(file)["conv_stem.weight"].sum().item()), done.stderr
+
+
+def test_weights_that_cannot_be_fetched_are_an_error(hub, tmp_path):
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text("model: {encoder: tu-mobilenetv3_small_050.lamb_in1k}")
+    hub["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    done = stas("weights", "fetch", tmp_path / "weights", "--recipe", recipe, **hub)
+    assert done.returncode == 2 and "no pretrained weights for encoder" in done.stderr
+    assert not (tmp_path / "weights").exists() or not list((tmp_path / "weights").iterdir())
