@@ -9,6 +9,7 @@ from scripts.make_sample import make_sample
 from stas.config import Recipe, parse_recipe
 from stas.paths import Workspace
 from stas.preprocess import preprocess
+from tests.containers import base_image, image  # noqa: F401  fixtures
 
 TINY = {
     "name": "tiny",

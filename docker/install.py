@@ -1,0 +1,158 @@
+"""Install the packages of a lock file around the torch that the image's base already has; run by the Dockerfile.
+
+NVIDIA's images carry a torch built for their own CUDA, which no index has: one `pip install` that replaces it, and the
+image is slow or sees no GPU. So what the base has stays, torch above all; the lock fills in the rest with --no-deps,
+and `pip check` and torch itself say at the end whether that went well. A base without torch gets the lock's from an
+index of its own, which decides for which device it is.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tomllib
+from collections.abc import Iterable, Mapping
+from importlib.metadata import distributions
+from pathlib import Path
+
+# pip brings it along, and an image that can install packages has pip.
+from pip._vendor.packaging.requirements import InvalidRequirement, Requirement
+from pip._vendor.packaging.utils import canonicalize_name
+
+TORCH = ("torch", "torchvision")
+LOADED = ("torch", "torchvision", "monai", "timm", "segmentation_models_pytorch", "matplotlib", "lmdb", "safetensors")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lock", type=Path, required=True)
+    parser.add_argument("--project", type=Path, required=True, help="the pyproject.toml whose needs must be met")
+    parser.add_argument("--torch-index", required=True, help="where torch comes from when the base has none")
+    options = parser.parse_args()
+
+    base = installed()
+    complaints = check()
+    torch = torch_identity() if "torch" in base else None
+    pins = read_requirements(options.lock.read_text())
+    needs = read_requirements("\n".join(tomllib.loads(options.project.read_text())["project"]["dependencies"]))
+    constraints = read_requirements("\n".join(Path(path).read_text() for path in constraint_files(os.environ)))
+    print(f"base: {len(base)} packages, torch {torch or 'missing'}, {len(constraints)} constraints", flush=True)
+
+    if torch is None:
+        pip_install([pin for pin in pins if name_of(pin) in TORCH], "--index-url", options.torch_index)
+    pip_install(to_install(pins, base, constraints))
+    # A package of the base may be too old for the project or the lock: then, and only then, the lock's takes its place.
+    if outdated := to_replace(check() - complaints | unmet(needs, installed()), pins):
+        pip_install(outdated)
+
+    if new := check() - complaints | unmet(needs, installed()):
+        fail("these packages do not fit together:\n" + "\n".join(sorted(new)) + "\nuse another lock (LOCK) or base")
+    if torch and torch_identity() != torch:
+        fail(f"torch was {torch} in the base and is {torch_identity()} now: the lock must not replace it")
+    run(sys.executable, "-c", f"import {', '.join(LOADED)}")
+    Path(sysconfig.get_path("purelib"), "stas.pth").write_text(f"{Path(__file__).parent}\n")  # the code comes later
+    print(f"torch is {torch_identity()}; pip check has nothing new to say")
+
+
+def to_install(
+    pins: Iterable[Requirement], base: Mapping[str, str], constraints: Iterable[Requirement] = ()
+) -> list[Requirement]:
+    """What of the lock the base lacks.
+
+    Args:
+        pins: the lock's requirements for this Python and platform.
+        base: the version of every package that is there, by canonical name.
+        constraints: the base's own; where one names a package, it decides the version and the lock's pin yields.
+    """
+    constrained = {name_of(constraint) for constraint in constraints}
+    missing = [pin for pin in pins if name_of(pin) not in base and not comes_with_torch(name_of(pin))]
+    return [Requirement(pin.name) if name_of(pin) in constrained else pin for pin in missing]
+
+
+def to_replace(complaints: Iterable[str], pins: Iterable[Requirement]) -> list[Requirement]:
+    """The lock's pins for packages of which `pip check` says that another one needs a different version."""
+    found = [re.search(r"but you have (\S+) ", line) for line in complaints]
+    names = {canonicalize_name(match[1]) for match in found if match}
+    return [pin for pin in pins if name_of(pin) in names and not comes_with_torch(name_of(pin))]
+
+
+def unmet(needs: Iterable[Requirement], versions: Mapping[str, str]) -> set[str]:
+    """What the project needs and does not find, in the words of `pip check`."""
+    found = {str(need): versions.get(name_of(need)) for need in needs}
+    return {f"stas requires {need}, which is not installed." for need, version in found.items() if version is None} | {
+        f"stas has requirement {need}, but you have {Requirement(need).name} {version}."
+        for need, version in found.items()
+        if version is not None and not Requirement(need).specifier.contains(version, prereleases=True)
+    }
+
+
+def comes_with_torch(name: str) -> bool:
+    """Whether a package is torch, or belongs to one build of it: the CUDA libraries and the compiler."""
+    if name == "nvidia-ml-py":  # the driver's own interface, of use with every torch
+        return False
+    return name in (*TORCH, "triton") or name.startswith(("nvidia-", "cuda-"))
+
+
+def read_requirements(text: str) -> list[Requirement]:
+    """The lines of a lock or constraints file that hold for this Python and platform.
+
+    Lines that are no requirements (comments, options, bare addresses) are left out: pip reads constraints itself.
+    """
+    requirements = []
+    for line in text.splitlines():
+        try:
+            requirement = Requirement(line.partition(" #")[0].strip())
+        except InvalidRequirement:
+            continue
+        if requirement.marker is None or requirement.marker.evaluate():
+            requirements.append(requirement)
+    return requirements
+
+
+def constraint_files(environment: Mapping[str, str]) -> list[str]:
+    """The files that PIP_CONSTRAINT names; NVIDIA's images set it, and pip obeys it here too."""
+    return environment.get("PIP_CONSTRAINT", "").split()
+
+
+def name_of(requirement: Requirement) -> str:
+    return canonicalize_name(requirement.name)
+
+
+def installed() -> dict[str, str]:
+    """The version of every installed package, by canonical name."""
+    return {canonicalize_name(found.metadata["Name"]): found.version for found in distributions()}
+
+
+def torch_identity() -> str:
+    """Version and place of torch, as Python itself sees it."""
+    return run(sys.executable, "-c", "import torch; print(torch.__version__, torch.version.cuda, torch.__file__)")
+
+
+def check() -> set[str]:
+    """What `pip check` complains of, line by line."""
+    done = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True, check=False)
+    return set() if done.returncode == 0 else set(done.stdout.splitlines())
+
+
+def pip_install(requirements: Iterable[Requirement], *options: str) -> None:
+    wanted = [str(requirement).partition(";")[0].strip() for requirement in requirements]
+    if not wanted:
+        return
+    print("installing", *wanted, flush=True)
+    os.environ["PIP_BREAK_SYSTEM_PACKAGES"] = "1"  # the image is the environment
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-cache-dir"]
+    subprocess.run([*command, "--root-user-action=ignore", *options, *wanted], check=True)
+
+
+def run(*command: str) -> str:
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+
+
+def fail(message: str) -> None:
+    sys.exit(f"install.py: {message}")
+
+
+if __name__ == "__main__":
+    main()
