@@ -115,7 +115,7 @@ class Hub(BaseHTTPRequestHandler):
         self.do_HEAD()
         self.wfile.write(self.content)
 
-    def log_message(self, *_):
+    def log_message(self, format, *args):
         pass
 
 
