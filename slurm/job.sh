@@ -43,7 +43,7 @@ stage() {
 
 # Set `launch`, the site's way to say `stas launch`, and `container`, what srun itself needs for it.
 runtime() {
-    local entry=/opt/stas/entrypoint.sh gpus=()
+    local entry=/usr/local/bin/entrypoint.sh gpus=()
     container=()
     case $RUNTIME in
     bare) launch=(stas launch) ;;

@@ -15,7 +15,9 @@ import yaml
 from PIL import Image
 
 from stas.checkpoint import load_checkpoint
+from stas.config import Recipe
 from stas.paths import RunPaths, Workspace
+from stas.preprocess import preprocess
 from stas.progress import read_metrics
 from tests.conftest import TINY
 from tests.slurm import Slurm, start_slurm, why_not
@@ -35,12 +37,11 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 
 
 @pytest.fixture(scope="module")
-def site(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A workspace, three tiny recipes, and the environment that takes the place of slurm/site.sh."""
+def site(sample: Path, tiny: Recipe, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A workspace with a store, tiny recipes, and the environment that takes the place of slurm/site.sh."""
     root = tmp_path_factory.mktemp("site")
     for seed, name in enumerate(MEMBERS):
         write_recipe(root / f"{name}.yaml", seed=seed)
-    write_recipe(root / "endless.yaml", epochs=ENDLESS)
     write_ensemble(root / "ensemble.yaml", *MEMBERS)
     environment = {
         "DATA": str(sample),
@@ -49,7 +50,9 @@ def site(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamesp
         "ENSEMBLE": str(root / "ensemble.yaml"),
         "OMP_NUM_THREADS": "1",
     }
-    return SimpleNamespace(root=root, workspace=Workspace(root / "workspace"), environment=environment, sample=sample)
+    workspace = Workspace(root / "workspace")
+    preprocess([sample / "Train_Images"], [sample / "Train_Annotations"], workspace, tiny, workers=1)
+    return SimpleNamespace(root=root, workspace=workspace, environment=environment, sample=sample)
 
 
 def write_recipe(path: Path, **changes: int) -> None:
@@ -114,21 +117,22 @@ def masks(directory: Path) -> dict[str, np.ndarray]:
 
 
 def test_the_chain_goes_from_annotations_to_voted_masks(slurm: Slurm, site: SimpleNamespace):
-    jobs = submit_chain(slurm, site)
+    workspace = Workspace(site.root / "chain")
+    jobs = submit_chain(slurm, site, WORKSPACE=str(workspace.root))
     assert slurm.wait(jobs["vote"], 600) == ["COMPLETED"]
     assert slurm.states(jobs["train"]) == slurm.states(jobs["infer"]) == ["COMPLETED"] * 3
-    sets = [masks(site.workspace.predictions(name)) for name in (*MEMBERS, "vote")]
+    sets = [masks(workspace.predictions(name)) for name in (*MEMBERS, "vote")]
     images = {path.stem: Image.open(path).size for path in (site.sample / "Train_Images").iterdir()}
     assert sets[3].keys() == images.keys()
     for stem, (width, height) in images.items():
         one, two, three, vote = (one_set[stem] > 0 for one_set in sets)
         assert vote.shape == (height, width)
         assert np.array_equal(vote, (one & two) | (three & (one | two)))
-    held_out = load_checkpoint(site.workspace.run("one").checkpoint("best")).facts["validation"]
-    assert sorted(masks(site.workspace.predictions("vote-held-out"))) == sorted(held_out)
-    assert (site.workspace.root / "evaluation" / "sheets.png").exists()
+    held_out = load_checkpoint(workspace.run("one").checkpoint("best")).facts["validation"]
+    assert sorted(masks(workspace.predictions("vote-held-out"))) == sorted(held_out)
+    assert (workspace.root / "evaluation" / "sheets.png").exists()
     # 4 GPUs a node: four ranks took part, of which one spoke.
-    log = (site.workspace.root / "logs" / f"train-{jobs['train']}_0.log").read_text()
+    log = (workspace.root / "logs" / f"train-{jobs['train']}_0.log").read_text()
     assert "4 ranks" in log and log.count("epoch 2/2") == 1
 
 
@@ -162,14 +166,12 @@ def test_two_nodes_train_one_run(slurm: Slurm, site: SimpleNamespace):
 
 
 def test_a_job_cut_off_by_its_walltime_is_requeued_and_ends(slurm: Slurm, site: SimpleNamespace):
-    """One minute of walltime and a warning 30 s before it, for a training of 50 s after its start of some seconds."""
-    job, run = train_endless(
-        slurm, site, "walltime", "--time=1", "--signal=B:USR1@30", "--open-mode=append", TIME_LIMIT="50s"
-    )
+    """The warning comes in the job's first minute, and the training needs a whole one after it has started."""
+    job, run = train_endless(slurm, site, "walltime", "--time=2", "--signal=B:USR1@60", TIME_LIMIT="60s")
     assert slurm.wait(job, 400) == ["COMPLETED"], log_of(site, job)
     assert int(slurm.facts(job)[0]["Restarts"]) >= 1
     elapsed = load_checkpoint(run.checkpoint("last")).facts["progress"]["elapsed"]
-    assert 50 <= elapsed < 60  # all parts together
+    assert 60 <= elapsed < 70  # all parts together
     assert "goes back into the queue, restart 1" in log_of(site, job)
 
 
