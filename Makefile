@@ -11,9 +11,9 @@ help:  ## list the targets
 
 install: $(VENV)/installed  ## make the environment in .venv
 
-$(VENV)/installed: requirements.lock pyproject.toml
+$(VENV)/installed: requirements-dev.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet -r requirements.lock
+	$(VENV)/bin/pip install --quiet -r requirements-dev.lock
 	$(VENV)/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
@@ -34,9 +34,17 @@ lint: install  ## check style and format
 type: install  ## check types
 	$(VENV)/bin/pyright
 
-lock: install  ## resolve the dependencies of pyproject.toml anew into requirements.lock
-	$(VENV)/bin/uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 --no-annotate \
-		--custom-compile-command "make lock" --upgrade --quiet --output-file requirements.lock
+COMPILE := $(VENV)/bin/uv pip compile pyproject.toml --quiet --no-annotate --no-python-downloads \
+	--custom-compile-command "make lock"
+
+# requirements-dev.lock last, with the versions of requirements.lock. The V100 base is one Python on one platform, and
+# --no-config keeps pyproject.toml's own torch out.
+lock: install  ## resolve the dependencies of pyproject.toml anew into the lock files
+	$(COMPILE) --universal --python-version 3.10 --upgrade --output-file requirements.lock
+	$(COMPILE) --universal --python-version 3.10 --upgrade --output-file requirements-dev.lock \
+		--extra dev --constraints requirements.lock
+	$(COMPILE) --no-config --python-version 3.12 --python-platform linux --upgrade --output-file docker/v100.lock \
+		--constraints docker/v100.constraints
 
 clean:  ## remove the environment and the demo's results
 	rm -rf $(VENV) .demo

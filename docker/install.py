@@ -12,7 +12,6 @@ import re
 import subprocess
 import sys
 import sysconfig
-import tomllib
 from collections.abc import Iterable, Mapping
 from importlib.metadata import distributions
 from pathlib import Path
@@ -26,6 +25,8 @@ LOADED = ("torch", "torchvision", "monai", "timm", "segmentation_models_pytorch"
 
 
 def main() -> None:
+    import tomllib  # not in Python 3.10, which no base has; the functions below run there
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lock", type=Path, required=True)
     parser.add_argument("--project", type=Path, required=True, help="the pyproject.toml whose needs must be met")
