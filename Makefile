@@ -5,9 +5,10 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test quick lint type lock clean
+.PHONY: image image-v100 image-cpu run-preprocess run-train run-infer run-vote run-evaluate run-local
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 install: $(VENV)/installed  ## make the environment in .venv
 
@@ -45,6 +46,59 @@ lock: install  ## resolve the dependencies of pyproject.toml anew into the lock 
 		--extra dev --constraints requirements.lock
 	$(COMPILE) --no-config --python-version 3.12 --python-platform linux --upgrade --output-file docker/v100.lock \
 		--constraints docker/v100.constraints
+
+# Containers, with docker or podman: whichever is there.
+ENGINE ?= $(notdir $(or $(shell command -v docker),$(shell command -v podman),docker))
+IMAGE ?= stas
+BUILD = $(ENGINE) build --file docker/Dockerfile $(BUILD_FLAGS) \
+	--build-arg VERSION=$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) \
+	--build-arg REVISION=$(or $(shell git rev-parse HEAD),unknown) \
+	--build-arg SOURCE=$(or $(shell git config --get remote.origin.url),unknown)
+
+image:  ## build the image `stas` for A100, H100 and newer, or on BASE_IMAGE=...
+	$(BUILD) --tag $(IMAGE) $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) $(if $(LOCK),--build-arg LOCK=$(LOCK)) .
+
+image-v100:  ## build `stas:v100`, on the base whose PyTorch still runs on V100
+	$(BUILD) --tag $(IMAGE):v100 --build-arg LOCK=docker/v100.lock \
+		--build-arg BASE_IMAGE=$(or $(BASE_IMAGE),nvcr.io/nvidia/pytorch:24.12-py3) .
+
+image-cpu:  ## build `stas:cpu`, which needs no GPU
+	$(BUILD) --tag $(IMAGE):cpu --build-arg BASE_IMAGE=$(or $(BASE_IMAGE),docker.io/library/python:3.12-slim-bookworm) \
+		$(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX)) .
+
+# The stages in containers of this machine, with all of its GPUs; docker/run says what else can be set.
+WORKSPACE ?= workspace
+ENSEMBLE ?= reference
+MEMBER ?= 0
+PREDICT ?= Private_Image
+STAGE = DATA="$(DATA)" WORKSPACE="$(WORKSPACE)" IMAGE="$(IMAGE)" ENGINE="$(ENGINE)" ENGINE_FLAGS="$(ENGINE_FLAGS)" docker/run
+TRAINING = /data/Train_Images
+TRUTH = /data/Train_Annotations
+
+run-preprocess:  ## DATA=DIR with Train_Images and Train_Annotations to a store in WORKSPACE=DIR
+	$(STAGE) preprocess --ensemble $(ENSEMBLE) --images $(TRAINING) --annotations $(TRUTH)
+
+run-train:  ## train MEMBER=0, 1, ... of ENSEMBLE=reference
+	$(STAGE) train --ensemble $(ENSEMBLE) --member $(MEMBER)
+
+run-infer:  ## outline the images of PREDICT=Private_Image in DATA, and those held out, by one member
+	$(STAGE) infer --ensemble $(ENSEMBLE) --member $(MEMBER) --images /data/$(PREDICT)
+	$(STAGE) infer --ensemble $(ENSEMBLE) --member $(MEMBER) --images $(TRAINING) --held-out --checkpoint last
+
+run-vote:  ## all members' masks to one vote
+	$(STAGE) vote --ensemble $(ENSEMBLE)
+	$(STAGE) vote --ensemble $(ENSEMBLE) --held-out
+
+run-evaluate:  ## score the members and their vote on the held-out images
+	$(STAGE) evaluate --ensemble $(ENSEMBLE) --held-out --truth $(TRUTH) --images $(TRAINING) --out /workspace/report
+
+run-local:  ## all stages one after the other; the same command goes on where it was cut off
+	$(MAKE) run-preprocess
+	members=$$($(STAGE) members $(ENSEMBLE)) && for member in $$members; do \
+		$(MAKE) run-train run-infer MEMBER=$$member || exit; \
+	done
+	$(MAKE) run-vote
+	$(MAKE) run-evaluate
 
 clean:  ## remove the environment and the demo's results
 	rm -rf $(VENV) .demo
