@@ -8,6 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from stas.files import atomic_write
 from stas.paths import RunPaths
 
 log = logging.getLogger(__name__)
-FORMAT = 1
+FORMAT = 2
+NETWORK, OPTIMIZER = "network.", "optimizer."  # prefixes of the tensors' names
 
 
 @dataclass(frozen=True)
@@ -35,34 +37,76 @@ class Checkpoint:
     optimizer: dict[str, Tensor | float]  # by "<parameter index>.<key>"; empty in the best checkpoint
 
 
-def save_checkpoint(
-    path: Path, network: nn.Module, facts: Mapping[str, Any], optimizer: Optimizer | None = None
-) -> None:
-    """Write a checkpoint atomically; `facts` must be JSON."""
-    tensors = {f"network.{name}": value.detach().cpu() for name, value in network.state_dict().items()}
-    scalars: dict[str, Any] = {}
+@dataclass(frozen=True)
+class Snapshot:
+    """A network and its optimiser at one step, copied to the CPU, so that training can go on while it is written."""
+
+    facts: Mapping[str, Any]  # JSON
+    tensors: dict[str, Tensor]
+    scalars: dict[str, float]  # of the optimiser's state
+
+    def network_only(self) -> "Snapshot":
+        """The same without the optimiser, as the best checkpoint has it."""
+        tensors = {name: value for name, value in self.tensors.items() if name.startswith(NETWORK)}
+        return Snapshot(self.facts, tensors, {})
+
+
+def take_snapshot(network: nn.Module, facts: Mapping[str, Any], optimizer: Optimizer | None = None) -> Snapshot:
+    """Copy the state of a network and its optimiser; `facts` must be JSON."""
+    tensors = {f"{NETWORK}{name}": _copy(value) for name, value in network.state_dict().items()}
+    scalars: dict[str, float] = {}
     if optimizer is not None:
         for index, state in optimizer.state_dict()["state"].items():
             for key, value in state.items():
                 if isinstance(value, Tensor):
-                    tensors[f"optimizer.{index}.{key}"] = value.detach().cpu()
+                    tensors[f"{OPTIMIZER}{index}.{key}"] = _copy(value)
                 else:
                     scalars[f"{index}.{key}"] = value
-    header = {"stas": json.dumps({"format": FORMAT, "facts": dict(facts), "optimizer": scalars})}
+    return Snapshot(facts, tensors, scalars)
+
+
+def save_checkpoint(path: Path, snapshot: Snapshot) -> None:
+    """Write a checkpoint atomically."""
+    facts = {"format": FORMAT, "facts": dict(snapshot.facts), "optimizer": snapshot.scalars}
     with atomic_write(path) as file:
-        file.write(save({name: value.contiguous() for name, value in tensors.items()}, header))
+        file.write(save(snapshot.tensors, {"stas": json.dumps(facts)}))
 
 
-def save_last(run: RunPaths, network: nn.Module, facts: Mapping[str, Any], optimizer: Optimizer) -> None:
+def save_last(run: RunPaths, snapshot: Snapshot) -> None:
     """Write the checkpoint to resume from, keeping the one before as `previous`.
 
     Cut off between the renames, `next` is left, and `load_newest` looks for it first.
     """
     last = run.checkpoint("last")
-    save_checkpoint(run.checkpoint("next"), network, facts, optimizer)
+    save_checkpoint(run.checkpoint("next"), snapshot)
     if last.exists():
         os.replace(last, run.checkpoint("previous"))
     os.replace(run.checkpoint("next"), last)
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints in a thread, one at a time, while training goes on."""
+
+    def __init__(self, run: RunPaths) -> None:
+        self._run = run
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+
+    def write(self, snapshot: Snapshot, best: bool) -> None:
+        """Begin to write `last` and, where it is the best so far, `best`; the one before is complete then."""
+        self.wait()
+        self._writing = self._thread.submit(self._write, snapshot, best)
+
+    def wait(self) -> None:
+        """Wait until everything is on disk; raise what went wrong."""
+        if self._writing:
+            self._writing.result()
+            self._writing = None
+
+    def _write(self, snapshot: Snapshot, best: bool) -> None:
+        if best:
+            save_checkpoint(self._run.checkpoint("best"), snapshot.network_only())
+        save_last(self._run, snapshot)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -83,8 +127,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ) from error
     if header["format"] != FORMAT:
         raise InputDataError(f"{path}: checkpoint format {header['format']}, this version reads {FORMAT}")
-    optimizer = {**_with_prefix(tensors, "optimizer."), **header["optimizer"]}
-    return Checkpoint(header["facts"], _with_prefix(tensors, "network."), optimizer)
+    optimizer = {**_with_prefix(tensors, OPTIMIZER), **header["optimizer"]}
+    return Checkpoint(header["facts"], _with_prefix(tensors, NETWORK), optimizer)
 
 
 def load_newest(run: RunPaths) -> Checkpoint | None:
@@ -119,6 +163,10 @@ def restore_optimizer(optimizer: Optimizer, saved: Mapping[str, Tensor | float])
             value = torch.empty_like(like, dtype=value.dtype).copy_(value)
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _copy(value: Tensor) -> Tensor:
+    return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -7,7 +7,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stas.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RESUMABLE, EXIT_USAGE, InputDataError, StoppedEarly, UsageError
+from stas.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_FAILED,
+    EXIT_OK,
+    EXIT_RESUMABLE,
+    EXIT_USAGE,
+    InputDataError,
+    StoppedEarly,
+    TrainingError,
+    UsageError,
+)
 from stas.paths import Workspace, default_workspace, status_directory
 
 EPILOG = "Exit codes: 0 done, 2 wrong option or recipe, 3 bad input data, 75 stopped early (the same command goes on)."
@@ -31,6 +41,8 @@ def _run(options: argparse.Namespace) -> int:
         return _fail(error, EXIT_USAGE)
     except InputDataError as error:
         return _fail(error, EXIT_BAD_INPUT)
+    except TrainingError as error:
+        return _fail(error, EXIT_FAILED)
     except StoppedEarly as error:
         return _fail(error, EXIT_RESUMABLE)
     except KeyboardInterrupt:
@@ -81,7 +93,7 @@ def _train(options: argparse.Namespace) -> None:
         recipe = load_member(options.ensemble, _member(options), options.set)
     else:
         recipe = load_recipe(options.recipe, options.set)
-    train(recipe, _workspace(options), options.run, options.time_limit)
+    train(recipe, _workspace(options), options.run, options.time_limit, options.checkpoint_every)
 
 
 def _infer(options: argparse.Namespace) -> None:
@@ -273,6 +285,9 @@ def _add_train(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     command.add_argument("--run", help="name of the run (default: the recipe's)")
     _add_set(command)
     command.add_argument("--time-limit", type=seconds, metavar="TIME", help="all the run may take: 7.5h, 90m, 8:00:00")
+    command.add_argument(
+        "--checkpoint-every", type=seconds, default="10m", metavar="TIME", help="within an epoch (default: %(default)s)"
+    )
 
 
 def _add_infer(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

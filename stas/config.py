@@ -182,6 +182,9 @@ class Train(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = False
     compile: bool = False
+    max_bad_steps: int = Field(
+        default=0, ge=0, description="steps with a loss or gradient that is not finite which a run may skip"
+    )
     seed: int = Field(default=0, ge=0)
 
 

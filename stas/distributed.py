@@ -5,9 +5,15 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from stas.errors import StoppedEarly
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,10 @@ def join_ranks() -> Iterator[Ranks]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield Ranks(rank, size, device)
+    except Exception as error:
+        if size > 1 and not isinstance(error, StoppedEarly):
+            log.error("rank %d of %d: %s: %s", rank, size, type(error).__name__, error)
+        raise
     finally:
         if size > 1:
             dist.destroy_process_group()
@@ -57,9 +67,27 @@ def sum_over_ranks(values: Sequence[float]) -> list[float]:
     return total.tolist()
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether any rank says yes; all ranks get the same answer, so that all stop at the same step."""
-    return sum_over_ranks([float(flag)])[0] > 0
+def any_of(*flags: bool) -> list[bool]:
+    """For each flag whether any rank says yes; all ranks get the same answers, so that all stop at the same step."""
+    return [total > 0 for total in sum_over_ranks([float(flag) for flag in flags])]
+
+
+def gather(value: float) -> list[float]:
+    """Every rank's value, in order of the ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values = [0.0] * dist.get_world_size()
+    values[dist.get_rank()] = value
+    return sum_over_ranks(values)
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's value, of any kind that pickle takes, in order of the ranks. Slow: for rare events."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def copy_from_first(module: torch.nn.Module) -> None:

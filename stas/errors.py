@@ -1,6 +1,7 @@
-"""The three ways a stage can end early, and the exit codes that tell a scheduler which it was."""
+"""The ways a stage can end early, and the exit codes that tell a scheduler which it was."""
 
 EXIT_OK = 0
+EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_BAD_INPUT = 3
 EXIT_RESUMABLE = 75
@@ -16,3 +17,7 @@ class InputDataError(ValueError):
 
 class StoppedEarly(Exception):
     """The stage stopped before its end and goes on when started again; exit code 75."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on as it is: numbers or memory are gone; exit code 1. The last checkpoint is kept."""

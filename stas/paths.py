@@ -3,7 +3,8 @@
 workspace/
     stores/<key>/           data.mdb, manifest.json: an immutable store of samples
     stores/<dataset>.json   which store was last made for this label and size
-    runs/<run>/             recipe.yaml, split.json, metrics.jsonl, curves.png, tensorboard/, checkpoints/
+    runs/<run>/             recipe.yaml, split.json, metrics.jsonl, bad_steps.jsonl, curves.png, tensorboard/,
+                            checkpoints/
     predictions/<name>/     <stem>.png, probabilities/<stem>.png, manifest.json
 """
 
@@ -58,6 +59,11 @@ class RunPaths:
     @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
+
+    @property
+    def bad_steps(self) -> Path:
+        """One JSON line for each step whose loss or gradient was not finite, with its samples."""
+        return self.root / "bad_steps.jsonl"
 
     @property
     def curves(self) -> Path:

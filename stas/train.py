@@ -1,4 +1,4 @@
-"""Train one member of the ensemble: alone or under torchrun, on CPU or GPU, the same code.
+"""Train one member of the ensemble: alone or as several ranks, on CPU or GPU, the same code.
 
 stas train --recipe NAME --workspace WS
 stas launch train --recipe NAME --workspace WS     (one rank per GPU)
@@ -9,78 +9,58 @@ import logging
 import math
 import signal
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from threading import Event
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import interpolate
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
+from torch import Tensor
 
 from stas import distributed
-from stas.checkpoint import load_newest, restore_optimizer, save_checkpoint, save_last
-from stas.config import Recipe, dump_recipe, parse_recipe
+from stas.checkpoint import CheckpointWriter, take_snapshot
+from stas.config import Recipe
 from stas.curves import draw_curves
-from stas.distributed import Ranks
-from stas.errors import StoppedEarly, UsageError
-from stas.files import write_json, write_text
-from stas.loader import epoch_batches, prefetch, steps_per_epoch
-from stas.losses import build_loss
-from stas.metrics import confusion, dice
-from stas.model import build_network
-from stas.optim import build_optimizer, rate_factor, set_learning_rate
-from stas.paths import RunPaths, Workspace
+from stas.errors import StoppedEarly, TrainingError
+from stas.files import append_json_line
+from stas.job import Job, Progress, set_up
+from stas.loader import Batch, epoch_batches, prefetch, steps_per_epoch
+from stas.optim import rate_factor, set_learning_rate
+from stas.paths import Workspace
 from stas.progress import MetricsLog, bar, epoch_line, time_left
-from stas.resources import usage
-from stas.split import split_samples
-from stas.store import Store, open_store
-from stas.transforms import normalise, scale_intensity
+from stas.resources import GIB, usage
+from stas.validate import validate
 
 log = logging.getLogger(__name__)
-PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass
-class Progress:
-    """Where a run stands. All of it is in the checkpoint."""
+class Clock:
+    """The seconds that a run has taken over all its parts, and since its last checkpoint."""
 
-    epoch: int = 0  # epochs done
-    step: int = 0  # steps done in the epoch under way
-    loss_sum: float = 0.0  # over this rank's images of the epoch under way
-    elapsed: float = 0.0  # seconds over all parts of the run
-    best_loss: float = math.inf
-    best_epoch: int = 0
-    epoch_seconds: float = 0.0  # what the last epoch took
+    def __init__(self, elapsed: float, limit: float, checkpoint_every: float) -> None:
+        self._began = time.monotonic() - elapsed
+        self._saved = time.monotonic()
+        self._checkpoint_every = checkpoint_every
+        self.limit = limit
 
-    def ended(self, epochs: int, limit: float) -> bool:
-        """Whether the last epoch is done, or another would outrun the time limit."""
-        return self.epoch >= epochs or self.elapsed + self.epoch_seconds > limit
+    def elapsed(self) -> float:
+        return time.monotonic() - self._began
 
+    def saved(self) -> None:
+        self._saved = time.monotonic()
 
-@dataclass(frozen=True)
-class Job:
-    """What stays the same during a run."""
-
-    recipe: Recipe
-    run: RunPaths
-    ranks: Ranks
-    store: Store
-    training: list[int]  # positions in the store
-    validation: list[int]
-    network: nn.Module
-    parallel: nn.Module  # the network, or its wrapper that averages gradients over the ranks
-    optimizer: Optimizer
-    scaler: torch.amp.GradScaler
-    loss: Callable[[Tensor, Tensor], Tensor]
+    def checkpoint_due(self) -> bool:
+        return time.monotonic() - self._saved > self._checkpoint_every
 
 
-def train(recipe: Recipe, workspace: Workspace, run: str | None = None, time_limit: float | None = None) -> None:
+def train(
+    recipe: Recipe,
+    workspace: Workspace,
+    run: str | None = None,
+    time_limit: float | None = None,
+    checkpoint_every: float = 600,
+) -> None:
     """Train `recipe` to its last epoch, going on from the run's newest checkpoint where there is one.
 
     Args:
@@ -88,203 +68,158 @@ def train(recipe: Recipe, workspace: Workspace, run: str | None = None, time_lim
         workspace: where its store is and the run's files go.
         run: name of the run; the recipe's where None.
         time_limit: seconds that the run may take over all its parts; it ends well when they are spent.
+        checkpoint_every: seconds after which a checkpoint is written within an epoch; each epoch's end writes one.
 
     Raises:
         StoppedEarly: SIGTERM or SIGUSR1 came; a checkpoint is written and the same command goes on.
+        TrainingError: the loss is not finite, or the GPU's memory does not suffice.
         UsageError: the run exists with another recipe; no store; a batch smaller than the number of ranks.
     """
     paths = workspace.run(run or recipe.name)
-    with distributed.join_ranks() as ranks, _stop_signal() as stop:
-        job, progress = _set_up(recipe, workspace, paths, ranks)
+    with distributed.join_ranks() as ranks, _stop_signal() as stop, ExitStack() as files:
+        job, progress = set_up(recipe, workspace, paths, ranks)
         epochs, limit = recipe.train.epochs, math.inf if time_limit is None else time_limit
         if progress.ended(epochs, limit):
             log.info("%s: %d of %d epochs are done; nothing to do", paths.root, progress.epoch, epochs)
             return
-        metrics = MetricsLog(paths.metrics, paths.tensorboard, progress.epoch) if ranks.first else None
-        while not distributed.any_rank(progress.ended(epochs, limit)):
-            began = time.monotonic()
-            before = progress.elapsed
-            train_loss, images = _train_epoch(job, progress, stop, began, limit)
-            if distributed.any_rank(stop.is_set()):
-                progress.elapsed = before + time.monotonic() - began
-                _save(job, progress)
-                raise StoppedEarly(f"{paths.root}: stopped in epoch {progress.epoch + 1}; the same command goes on")
+        metrics = None
+        if ranks.first:
+            metrics = files.enter_context(MetricsLog(paths.metrics, paths.tensorboard, progress.epoch))
+        clock, writer = Clock(progress.elapsed, limit, checkpoint_every), CheckpointWriter(paths)
+        while not distributed.any_of(progress.ended(epochs, limit))[0]:
+            train_loss, images = _train_epoch(job, progress, stop, clock, writer)
             val_loss, val_dice = validate(job)
-            progress.epoch, progress.step, progress.loss_sum = progress.epoch + 1, 0, 0.0
-            progress.elapsed = before + time.monotonic() - began
-            seconds = progress.epoch_seconds = progress.elapsed - before
-            best = val_loss < progress.best_loss
-            if best:
-                progress.best_loss, progress.best_epoch = val_loss, progress.epoch
-            record: dict[str, Any] = {
+            _end_epoch(progress, clock, val_loss)
+            best = progress.best_epoch == progress.epoch
+            record = {
                 "epoch": progress.epoch,
                 "train_loss": train_loss,
                 "val_loss": val_loss,
                 "val_dice": val_dice,
                 "lr": job.optimizer.param_groups[0]["lr"],
-                "images_per_second": images / seconds,
-                "seconds": seconds,
+                "images_per_second": images / progress.epoch_seconds,
+                "seconds": progress.epoch_seconds,
                 "elapsed": progress.elapsed,
                 "best": best,
             }
-            _check_finite(record, paths)
+            if not math.isfinite(val_loss):
+                raise TrainingError(
+                    f"{paths.root}: the validation loss is not finite: {json.dumps(record)}. The checkpoint of the "
+                    "epoch before is kept; lower optimizer.lr, or use train.precision=bf16 or fp32"
+                )
             if metrics:  # before the checkpoint: going on from an older one cuts the line off again
                 metrics.append(record | usage())
                 draw_curves(metrics.records, paths.curves, title=paths.root.name)
                 log.info("%s", epoch_line(record, epochs, time_left(metrics.records, epochs)))
-            _save(job, progress, best)
+            _save(job, progress, clock, writer, best)
+        _finish_writing(writer)
         if progress.epoch < epochs:
             log.warning("%s: the time limit ends the run after %d of %d epochs", paths.root, progress.epoch, epochs)
         log.info("%s: best epoch %d, validation loss %.4f", paths.root, progress.best_epoch, progress.best_loss)
 
 
-def _train_epoch(job: Job, progress: Progress, stop: Event, began: float, limit: float) -> tuple[float, int]:
+def _train_epoch(
+    job: Job, progress: Progress, stop: Event, clock: Clock, writer: CheckpointWriter
+) -> tuple[float, int]:
     """Run the epoch's remaining steps; return the mean loss over its images and the number of images seen now."""
     recipe, ranks = job.recipe, job.ranks
     steps = steps_per_epoch(len(job.training), recipe.train.batch)
     batches = epoch_batches(
         job.store, job.training, recipe, progress.epoch, ranks.rank, ranks.size, first=progress.step
     )
-    memory_format = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
     seen = 0
     job.parallel.train()
     for batch in bar(prefetch(batches), steps - progress.step, f"epoch {progress.epoch + 1}", show=ranks.first):
-        batch = batch.to(ranks.device)
         step = progress.epoch * steps + progress.step
         rate = rate_factor(recipe.schedule, step, steps * recipe.train.epochs)
         set_learning_rate(job.optimizer, recipe.optimizer.lr * rate)
         _seed_step(recipe.train.seed, step, ranks.rank)
-
-        job.optimizer.zero_grad(set_to_none=True)
-        with _autocast(recipe, ranks.device):
-            logits = job.parallel(batch.images.contiguous(memory_format=memory_format))
-        per_image = job.loss(logits, batch.masks) * batch.weights
-        loss = per_image.sum() * ranks.size / batch.total  # DDP divides by the ranks: the mean over the global batch
-        job.scaler.scale(loss).backward()
-        job.scaler.step(job.optimizer)
-        job.scaler.update()
-
-        progress.loss_sum += per_image.detach().sum().item()
+        with _memory_explained(job, batch):
+            loss, finite = _backward(job, batch.to(ranks.device))
+        bad, stopping, due, spent = distributed.any_of(
+            not finite,
+            stop.is_set(),
+            ranks.first and clock.checkpoint_due(),
+            clock.elapsed() > clock.limit,
+        )
+        if bad:
+            _skip(job, progress, batch)
+        else:
+            job.scaler.step(job.optimizer)
+            job.scaler.update()
+            progress.loss_sum += loss
+            progress.images += batch.total
         progress.step += 1
         seen += batch.total
-        if distributed.any_rank(stop.is_set() or progress.elapsed + time.monotonic() - began > limit):
+        if stopping:
+            _save(job, progress, clock, writer)
+            _finish_writing(writer)
+            raise StoppedEarly(f"{job.run.root}: stopped in epoch {progress.epoch + 1}; the same command goes on")
+        if spent:
             break
-    images = min(progress.step * recipe.train.batch, len(job.training))
-    return distributed.sum_over_ranks([progress.loss_sum])[0] / images, seen
-
-
-@torch.no_grad()
-def validate(job: Job) -> tuple[float, float]:
-    """Mean over the validation images of loss and of Dice, both at each image's original size.
-
-    Every rank takes its share and no image is counted twice. The reference averaged over batches, so that the images
-    of a short last batch weighed more; here every image weighs the same. Dice is 1 where both masks are empty.
-    """
-    distributed.copy_from_first(job.network)
-    job.network.eval()
-    data = job.recipe.data
-    losses = scores = 0.0
-    share = job.validation[job.ranks.rank :: job.ranks.size]
-    size = -(-job.recipe.train.batch // job.ranks.size)
-    for start in range(0, len(share), size):
-        indices = share[start : start + size]
-        entries = [job.store.samples[index] for index in indices]
-        images = torch.stack(
-            [
-                normalise(scale_intensity(job.store.image(index), entry["min"], entry["max"], data), data)
-                for index, entry in zip(indices, entries, strict=True)
-            ]
-        )
-        with _autocast(job.recipe, job.ranks.device):
-            logits = job.network(images.to(job.ranks.device)).float()
-        for index, logit in zip(indices, logits, strict=True):
-            truth = job.store.full_mask(index)
-            full = interpolate(logit[None], truth.shape, mode="bilinear")
-            target = torch.from_numpy(truth).to(job.ranks.device)[None, None]
-            losses += job.loss(full, target).item()
-            scores += float(dice(confusion((full[0, 0] > 0).cpu().numpy(), truth)))
-    total_loss, total_dice, count = distributed.sum_over_ranks([losses, scores, len(share)])
-    return total_loss / count, total_dice / count
-
-
-def _set_up(recipe: Recipe, workspace: Workspace, paths: RunPaths, ranks: Ranks) -> tuple[Job, Progress]:
-    if recipe.train.batch < ranks.size:
-        raise UsageError(f"train.batch = {recipe.train.batch} images over {ranks.size} ranks: give each at least one")
-    saved = load_newest(paths)
-    progress = Progress(**saved.facts["progress"]) if saved else Progress()
-    if saved:
-        _check_same_recipe(recipe, parse_recipe(saved.facts["recipe"], str(paths.root)), paths)
-    store = open_store(workspace, recipe.data)
-    if saved and saved.facts["store"] != store.key:
-        raise UsageError(
-            f"{paths.root} was trained on store {saved.facts['store']}, the newest is {store.key}: "
-            "the data changed; begin a new run with --run"
-        )
-    training, validation = split_samples(store.samples, recipe.data.split)
-    torch.manual_seed(recipe.train.seed)
-    network = build_network(recipe.model, recipe.data.size, pretrained=saved is None)
-    if saved:
-        network.load_state_dict(saved.network)
-    network.to(ranks.device)
-    if recipe.train.channels_last:
-        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    optimizer = build_optimizer(network.parameters(), recipe.optimizer)
-    scaler = torch.amp.GradScaler(ranks.device.type, enabled=recipe.train.precision == "fp16")
-    if saved:
-        restore_optimizer(optimizer, saved.optimizer)
-        scaler.load_state_dict(saved.facts["scaler"])
-        progress.loss_sum = progress.loss_sum if ranks.first else 0.0  # saved as the sum over the ranks
-        log.info("%s: going on after epoch %d, step %d", paths.root, progress.epoch, progress.step)
-    elif ranks.first:
-        write_text(paths.recipe, dump_recipe(recipe))
-        stems = {
-            part: [store.samples[i]["stem"] for i in part_of]
-            for part, part_of in (("training", training), ("validation", validation))
-        }
-        write_json(paths.split, {"store": store.key} | stems)
-    log.info("%s: %d ranks on %s", paths.root, ranks.size, ranks.device.type)
-    parallel = _parallel(network, recipe, ranks)
-    loss = build_loss(recipe.loss)
-    return Job(recipe, paths, ranks, store, training, validation, network, parallel, optimizer, scaler, loss), progress
-
-
-def _parallel(network: nn.Module, recipe: Recipe, ranks: Ranks) -> nn.Module:
-    parallel = torch.compile(network) if recipe.train.compile else network
-    if ranks.size == 1:
-        return parallel  # pyright: ignore[reportReturnType]
-    devices = [ranks.device] if ranks.device.type == "cuda" else None
-    with warnings.catch_warnings():  # torch 2.14 renames broadcast_buffers; 2.6 knows only the old name
-        warnings.simplefilter("ignore", FutureWarning)
-        return DistributedDataParallel(
-            parallel,  # pyright: ignore[reportArgumentType]
-            device_ids=devices,
-            broadcast_buffers=False,  # each rank keeps its own running statistics until validation takes the first's
-            gradient_as_bucket_view=True,
-            static_graph=True,
-        )
-
-
-def _save(job: Job, progress: Progress, best: bool = False) -> None:
-    """Write the last and, where it is the new best, the best checkpoint."""
+        if due:
+            _save(job, progress, clock, writer)
     total = distributed.sum_over_ranks([progress.loss_sum])[0]
-    distributed.copy_from_first(job.network)
+    return total / progress.images if progress.images else math.nan, seen
+
+
+def _backward(job: Job, batch: Batch) -> tuple[float, bool]:
+    """From zero_grad to gradients: the sum of this rank's losses, and whether loss and gradients are finite."""
+    format_ = torch.channels_last if job.recipe.train.channels_last else torch.contiguous_format
+    job.optimizer.zero_grad(set_to_none=True)
+    with job.autocast():
+        logits = job.parallel(batch.images.contiguous(memory_format=format_))
+    per_image = job.loss(logits, batch.masks) * batch.weights
+    loss = per_image.sum() * job.ranks.size / batch.total  # DDP divides by the ranks: the mean over the global batch
+    job.scaler.scale(loss).backward()
+    checked: list[Tensor] = [per_image.detach().sum()]
+    if not job.scaler.is_enabled():  # the scaler looks for itself, and lowers its scale
+        gradients = [value.grad for value in job.network.parameters() if value.grad is not None]
+        checked.append(torch.nn.utils.get_total_norm(gradients))
+    finite = bool(torch.stack([value.float() for value in checked]).isfinite().all())
+    return checked[0].item(), finite
+
+
+def _skip(job: Job, progress: Progress, batch: Batch) -> None:
+    """Leave out a step whose loss or gradient is not finite; give up when the recipe's number of them is exceeded."""
+    progress.bad_steps += 1
+    samples = sorted({stem for stems in distributed.gather_objects(batch.stems) for stem in stems})
+    where = f"{job.run.root}: loss or gradient is not finite in epoch {progress.epoch + 1}, step {progress.step + 1}"
     if job.ranks.first:
-        facts = {
-            "recipe": job.recipe.model_dump(mode="json"),
-            "run": job.run.root.name,
-            "store": job.store.key,
-            "validation": [job.store.samples[index]["stem"] for index in job.validation],
-            "progress": asdict(progress) | {"loss_sum": total},
-            "scaler": job.scaler.state_dict(),
-        }
-        if best:
-            save_checkpoint(job.run.checkpoint("best"), job.network, facts)
-        save_last(job.run, job.network, facts, job.optimizer)
+        append_json_line(
+            job.run.bad_steps, {"epoch": progress.epoch + 1, "step": progress.step + 1, "samples": samples}
+        )
+    allowed = job.recipe.train.max_bad_steps
+    if progress.bad_steps > allowed:
+        raise TrainingError(
+            f"{where}, on samples {', '.join(samples)} (kept in {job.run.bad_steps}). {allowed} such steps may be "
+            "skipped (train.max_bad_steps); the last checkpoint is kept: look at these samples, lower optimizer.lr, or "
+            "use train.precision=bf16 or fp32"
+        )
+    log.warning("%s: skipped, %d of at most %d; samples %s", where, progress.bad_steps, allowed, ", ".join(samples))
+
+
+def _end_epoch(progress: Progress, clock: Clock, val_loss: float) -> None:
+    elapsed = clock.elapsed()
+    progress.epoch_seconds, progress.elapsed = elapsed - progress.elapsed, elapsed
+    progress.epoch, progress.step, progress.images, progress.loss_sum = progress.epoch + 1, 0, 0, 0.0
+    if val_loss < progress.best_loss:
+        progress.best_loss, progress.best_epoch = val_loss, progress.epoch
+
+
+def _save(job: Job, progress: Progress, clock: Clock, writer: CheckpointWriter, best: bool = False) -> None:
+    """Begin to write the last and, where it is the new best, the best checkpoint. Every rank must call it."""
+    distributed.copy_from_first(job.network)
+    facts = job.facts(replace(progress, elapsed=clock.elapsed()))
+    if job.ranks.first:
+        writer.write(take_snapshot(job.network, facts, job.optimizer), best)
+    clock.saved()
+
+
+def _finish_writing(writer: CheckpointWriter) -> None:
+    """Wait until the first rank's checkpoint is on disk: a rank that ended before it would have it killed."""
+    writer.wait()
     distributed.barrier()
-
-
-def _autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, PRECISION[recipe.train.precision], enabled=recipe.train.precision != "fp32")
 
 
 def _seed_step(seed: int, step: int, rank: int) -> None:
@@ -292,28 +227,19 @@ def _seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
 
 
-def _check_same_recipe(recipe: Recipe, saved: Recipe, paths: RunPaths) -> None:
-    """Refuse another recipe; other inference settings, and more epochs at a constant rate, are the same training."""
-    same_rates = recipe.schedule.name == "constant" and not recipe.schedule.warmup
-    changed = [
-        f"{section}.{key}: {old!r} before, {new!r} now"
-        for section in ("data", "model", "loss", "optimizer", "schedule", "augment", "train")
-        for (key, old), (_, new) in zip(getattr(saved, section), getattr(recipe, section), strict=True)
-        if old != new and not (same_rates and (section, key) == ("train", "epochs"))
-    ]
-    if changed:
-        raise UsageError(
-            f"{paths.root} was begun with another recipe:\n  " + "\n  ".join(changed) + "\nGive the run another name "
-            "with --run, or the settings that it was begun with"
-        )
-
-
-def _check_finite(record: dict[str, Any], paths: RunPaths) -> None:
-    if not math.isfinite(record["train_loss"] + record["val_loss"]):
-        raise RuntimeError(
-            f"{paths.root}: loss is not finite in epoch {record['epoch']}: {json.dumps(record)}. The checkpoint of the "
-            "epoch before is kept; lower optimizer.lr, or use train.precision=bf16 or fp32"
-        )
+@contextmanager
+def _memory_explained(job: Job, batch: Batch) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        device = job.ranks.device
+        peak = torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else math.nan
+        height, width = job.recipe.data.size
+        raise TrainingError(
+            f"{job.run.root}: out of GPU memory with {len(batch.images)} images of {height} x {width} on each of "
+            f"{job.ranks.size} ranks, peak {peak:.1f} GiB: lower train.batch ({job.recipe.train.batch} over all ranks) "
+            "or data.size, take more GPUs, or use train.precision=bf16"
+        ) from error
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from stas.checkpoint import load_checkpoint, load_newest, restore_optimizer, save_checkpoint, save_last
+from stas.checkpoint import load_checkpoint, load_newest, restore_optimizer, save_checkpoint, save_last, take_snapshot
 from stas.config import Optimizer
 from stas.errors import InputDataError
 from stas.optim import build_optimizer
@@ -32,7 +32,7 @@ def step(network, optimizer):
 @pytest.mark.parametrize("name", ["adabelief", "adam", "adamw", "sgd"])
 def test_network_and_optimizer_come_back_to_the_bit(tmp_path, name):
     network, optimizer = trained(name)
-    save_checkpoint(tmp_path / "a.safetensors", network, {"epoch": 3, "loss": 0.1}, optimizer)
+    save_checkpoint(tmp_path / "a.safetensors", take_snapshot(network, {"epoch": 3, "loss": 0.1}, optimizer))
     saved = load_checkpoint(tmp_path / "a.safetensors")
     assert saved.facts == {"epoch": 3, "loss": 0.1}
     other, other_optimizer = trained(name, seed=1)
@@ -50,7 +50,7 @@ def test_the_last_and_the_one_before_are_kept(tmp_path):
     network, optimizer = trained()
     assert load_newest(run) is None
     for epoch in range(3):
-        save_last(run, network, {"epoch": epoch}, optimizer)
+        save_last(run, take_snapshot(network, {"epoch": epoch}, optimizer))
     assert load_checkpoint(run.checkpoint("last")).facts == {"epoch": 2}
     assert load_checkpoint(run.checkpoint("previous")).facts == {"epoch": 1}
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
@@ -64,7 +64,7 @@ def test_a_damaged_last_falls_back_to_the_one_before(tmp_path, damage, caplog):
     run = RunPaths(tmp_path)
     network, optimizer = trained()
     for epoch in range(2):
-        save_last(run, network, {"epoch": epoch}, optimizer)
+        save_last(run, take_snapshot(network, {"epoch": epoch}, optimizer))
     last = run.checkpoint("last")
     last.write_bytes({"truncated": last.read_bytes()[:-9], "empty": b"", "text": b"hello, I am a text"}[damage])
     newest = load_newest(run)
@@ -78,8 +78,8 @@ def test_a_damaged_last_falls_back_to_the_one_before(tmp_path, damage, caplog):
 def test_cut_off_between_the_renames_goes_on_from_the_newest(tmp_path):
     run = RunPaths(tmp_path)
     network, optimizer = trained()
-    save_last(run, network, {"epoch": 0}, optimizer)
-    save_checkpoint(run.checkpoint("next"), network, {"epoch": 1}, optimizer)
+    save_last(run, take_snapshot(network, {"epoch": 0}, optimizer))
+    save_checkpoint(run.checkpoint("next"), take_snapshot(network, {"epoch": 1}, optimizer))
     run.checkpoint("last").rename(run.checkpoint("previous"))
     newest = load_newest(run)
     assert newest is not None and newest.facts == {"epoch": 1}

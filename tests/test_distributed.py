@@ -21,8 +21,9 @@ with distributed.join_ranks() as ranks:
     said = {
         "rank": ranks.rank, "size": ranks.size, "first": ranks.first, "device": ranks.device.type,
         "sum": distributed.sum_over_ranks([ranks.rank + 1.0, 10.0]),
-        "second stops": distributed.any_rank(ranks.rank == 1),
-        "none stops": distributed.any_rank(False),
+        "second stops": distributed.any_of(ranks.rank == 1)[0],
+        "none stops": distributed.any_of(False)[0],
+        "gathered": [distributed.gather(ranks.rank + 0.5), distributed.gather_objects("ab"[ranks.rank])],
         "mean": norm.running_mean.tolist(),
     }
     open(f"{sys.argv[1]}/{ranks.rank}.json", "w").write(json.dumps(said))
@@ -33,7 +34,8 @@ def test_one_process_is_the_only_rank():
     with distributed.join_ranks() as ranks:
         assert (ranks.rank, ranks.size, ranks.first) == (0, 1, True)
         assert distributed.sum_over_ranks([1.5, 2.0]) == [1.5, 2.0]
-        assert distributed.any_rank(True) and not distributed.any_rank(False)
+        assert distributed.any_of(True, False) == [True, False]
+        assert distributed.gather(2.5) == [2.5] and distributed.gather_objects("a") == ["a"]
         distributed.barrier()
 
 
@@ -48,6 +50,7 @@ def test_two_ranks_agree(tmp_path: Path):
     assert (first["rank"], first["first"], second["rank"], second["first"]) == (0, True, 1, False)
     for said in (first, second):
         assert said["size"] == 2 and said["device"] == "cpu"
+        assert said["gathered"] == [[0.5, 1.5], ["a", "b"]]
         assert said["sum"] == [3.0, 20.0]
         assert said["second stops"] and not said["none stops"]
         assert said["mean"] == [5.0, 5.0], "the first rank's statistics"

@@ -13,8 +13,9 @@ from stas.checkpoint import load_checkpoint
 from stas.config import Recipe, parse_recipe
 from stas.distributed import Ranks
 from stas.errors import EXIT_RESUMABLE, UsageError
+from stas.job import Progress
 from stas.progress import read_metrics
-from stas.train import Progress, train
+from stas.train import train
 from tests.launch import QUIET, command, stas
 
 FIGURES = ("train_loss", "val_loss", "val_dice", "lr", "best")
