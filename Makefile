@@ -4,7 +4,7 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quick lint type lock clean
+.PHONY: help install demo test quick chaos lint type lock clean
 .PHONY: image image-v100 image-cpu run-preprocess run-train run-infer run-vote run-evaluate run-local
 
 help:  ## list the targets
@@ -22,11 +22,14 @@ demo: install  ## train, vote and score on a made sample, or on DATA=DIR with Tr
 	scripts/demo .demo/$(if $(DATA),data,sample) $(DATA)
 
 test: install  ## run all tests
-	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n auto -m "not cluster"
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n auto -m "not cluster and not chaos"
 	$(VENV)/bin/pytest -m cluster -rs
 
 quick: install  ## run the tests that take seconds
-	$(VENV)/bin/pytest -m "not slow and not cluster"
+	$(VENV)/bin/pytest -m "not slow and not cluster and not chaos"
+
+chaos: install  ## kill and starve every stage at every file operation; takes long
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n auto -m chaos -rs
 
 lint: install  ## check style and format
 	$(VENV)/bin/ruff check .

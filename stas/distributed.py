@@ -3,14 +3,16 @@
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from stas.errors import StoppedEarly
+from stas.locks import PATIENCE, Lock, lock
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -56,6 +58,28 @@ def join_ranks() -> Iterator[Ranks]:
     finally:
         if size > 1:
             dist.destroy_process_group()
+
+
+@contextmanager
+def locked(path: Path, ranks: Ranks, patience: float = PATIENCE) -> Iterator[Lock | None]:
+    """Let the first rank hold a lock for all of them; the others get None and wait for the outcome.
+
+    Raises:
+        StoppedEarly: another process has it (see `stas.locks.lock`).
+    """
+    with ExitStack() as stack:
+        held = failure = None
+        if ranks.first:
+            try:
+                held = stack.enter_context(lock(path, patience))
+            except Exception as error:  # raised below, when the others know
+                failure = error
+        failed = sum_over_ranks([float(failure is not None)])[0] > 0
+        if failure:
+            raise failure
+        if failed:
+            raise StoppedEarly(f"{path}: the first rank could not take this lock; it says why")
+        yield held
 
 
 def sum_over_ranks(values: Sequence[float]) -> list[float]:

@@ -83,6 +83,11 @@ def manifest(directory: Path) -> Path:
     return directory / "manifest.json"
 
 
+def lock(protected: Path) -> Path:
+    """The lock of a run, a set of predictions, or whatever else one process at a time may change."""
+    return protected.with_name(f".{protected.name}.lock")
+
+
 def store_data(store: Path) -> Path:
     """The LMDB data file of a store."""
     return store / "data.mdb"

@@ -1,0 +1,226 @@
+"""Locks are tried with real processes; another machine is a lock file that names one."""
+
+import errno
+import json
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from stas import locks, paths
+from stas.errors import StoppedEarly
+from stas.locks import Holder, lock
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from stas.locks import lock
+with lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return paths.lock(tmp_path / "thing")
+
+
+def holder_process(path: Path, seconds: float = 60) -> subprocess.Popen[str]:
+    """A process of its own that has the lock when this returns."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, path, str(seconds)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout and process.stdout.readline() == "held\n"
+    return process
+
+
+def leave(path: Path, silent: float, machine: str = "other pid:[1]") -> Holder:
+    """A lock whose holder, by default on another machine, gave its last sign of life `silent` seconds ago."""
+    left = Holder(os.urandom(16).hex(), "node7", machine, 1, "1", "2026-01-01 00:00:00 UTC")
+    path.write_text(json.dumps(asdict(left)))
+    last = time.time() - silent
+    os.utime(path, (last, last))
+    return left
+
+
+def test_nothing_is_left_behind(path):
+    with lock(path) as held:
+        held.check()
+        assert [entry.name for entry in path.parent.iterdir()] == [".thing.lock"]
+    assert not list(path.parent.iterdir())
+    with pytest.raises(RuntimeError), lock(path):
+        raise RuntimeError
+    assert not list(path.parent.iterdir())
+
+
+def test_the_second_waits_then_says_who_holds_it(path):
+    with holder_process(path) as process:
+        try:
+            with pytest.raises(StoppedEarly) as caught, lock(path, patience=0.3):
+                pass
+            assert re.search(
+                rf"thing\.lock: in use by host {re.escape(os.uname().nodename)}, process {process.pid}, "
+                r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC",
+                str(caught.value),
+            )
+        finally:
+            process.kill()
+
+
+def test_the_second_goes_on_when_the_first_has_ended(path, caplog):
+    caplog.set_level("INFO")
+    with holder_process(path, seconds=0.5), lock(path):
+        assert "waiting" in caplog.text and "taken over" not in caplog.text
+
+
+def test_a_killed_process_is_succeeded_at_once(path, caplog):
+    with holder_process(path) as process:
+        process.send_signal(signal.SIGKILL)
+        time.sleep(0.1)  # a zombie still: nobody has waited for it
+        with lock(path, patience=1):
+            assert f"taken over from host {os.uname().nodename}, process {process.pid}" in caplog.text
+    assert not list(path.parent.iterdir())
+
+
+def test_a_stopped_process_on_this_machine_is_alive_however_long_it_is_silent(path):
+    with holder_process(path) as process:
+        process.send_signal(signal.SIGSTOP)
+        os.utime(path, (0, 0))
+        with pytest.raises(StoppedEarly), lock(path, patience=0.2):
+            pass
+        process.kill()
+
+
+def test_a_process_number_used_again_is_another_process(path):
+    leave(path, 0, machine=locks._machine())  # process 1 runs, but did not start at tick 1
+    with lock(path, patience=1):
+        pass
+
+
+def test_another_machine_lives_by_its_heartbeat(path, caplog):
+    leave(path, silent=locks.STALE - 20)
+    with pytest.raises(StoppedEarly, match="host node7, process 1, since 2026-01-01"), lock(path, patience=0.2):
+        pass
+    leave(path, silent=locks.STALE + 5)
+    with lock(path, patience=1):
+        assert "taken over from host node7" in caplog.text
+
+
+def test_the_heartbeat_beats(path, monkeypatch):
+    monkeypatch.setattr(locks, "HEARTBEAT", 0.05)
+    with lock(path):
+        os.utime(path, (0, 0))
+        time.sleep(0.3)
+        assert time.time() - path.stat().st_mtime < 5
+
+
+def test_a_holder_that_lost_its_lock_stops_before_it_publishes(path, monkeypatch):
+    monkeypatch.setattr(locks, "HEARTBEAT", 0.05)
+    with pytest.raises(StoppedEarly, match="lost its lock to host node7, process 1"), lock(path) as held:
+        leave(path, 0)
+        time.sleep(0.3)
+        assert held.lost
+        held.check()
+    assert "node7" in path.read_text()  # the new holder keeps it
+    path.unlink()
+    with pytest.raises(StoppedEarly, match="lost its lock"), lock(path):
+        leave(path, 0)
+        raise FileNotFoundError  # what a temporary file is for one whose successor has cleared up
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"token": 1}', "[" * 3000])
+def test_a_damaged_lock_ends_by_its_age(path, content):
+    path.write_text(content)
+    with pytest.raises(StoppedEarly, match="host unknown"), lock(path, patience=0.1):
+        pass
+    os.utime(path, (0, 0))
+    with lock(path, patience=1):
+        pass
+
+
+def test_a_lock_file_cannot_lead_out_of_its_directory(path):
+    left = asdict(leave(path, 0)) | {"token": "/../../x"}
+    path.write_text(json.dumps(left))
+    os.utime(path, (0, 0))
+    with lock(path, patience=1):
+        pass
+    assert not list(path.parent.iterdir())
+
+
+def test_a_dead_taker_is_itself_taken_over(path):
+    """Killed while it took over a dead lock, and the one after it too."""
+    dead = leave(path, silent=1000)
+    taker = leave(path.with_name(f"{path.name}.{dead.token[:12]}"), silent=1000)
+    leave(path.with_name(f"{path.name}.{dead.token[:12]}.{taker.token[:12]}"), silent=1000)
+    path.with_name(f"{path.name}.{taker.token}.new").write_text("")
+    with lock(path, patience=1):
+        pass
+    assert not list(path.parent.iterdir())
+
+
+def test_without_hard_links(path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "no hard links")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with lock(path), pytest.raises(StoppedEarly, match=f"process {os.getpid()}"), lock(path, patience=0.1):
+        pass
+    leave(path, 1000)
+    with lock(path, patience=1):
+        pass
+    assert not list(path.parent.iterdir())
+
+
+def test_a_full_disk_does_not_keep_a_lock(path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "full")
+
+    with lock(path):
+        monkeypatch.setattr(locks, "_write", full)
+    assert not list(path.parent.iterdir())
+
+
+def take_in_turn(path: Path, rounds: int, start, inside, most, takes) -> None:
+    """Each round: all find the same dead lock at once and hold it in turn."""
+    for _ in range(rounds):
+        start.wait()
+        with lock(path) as held:
+            with inside.get_lock(), most.get_lock(), takes.get_lock():
+                inside.value += 1
+                most.value = max(most.value, inside.value)
+                takes.value += 1
+            time.sleep(0.001)
+            with inside.get_lock():
+                inside.value -= 1
+            held.check()
+        start.wait()
+
+
+@pytest.mark.parametrize(("takers", "rounds"), [(3, 100), pytest.param(4, 2000, marks=pytest.mark.chaos)])
+def test_two_takers_of_one_dead_lock(path, takers, rounds):
+    context = multiprocessing.get_context("fork")
+    start = context.Barrier(takers + 1)
+    inside, most, takes = context.Value("i"), context.Value("i"), context.Value("i")
+    processes = [
+        context.Process(target=take_in_turn, args=(path, rounds, start, inside, most, takes)) for _ in range(takers)
+    ]
+    for process in processes:
+        process.start()
+    for round_ in range(rounds):
+        dead = leave(path, silent=1000)
+        if round_ % 2:  # and one died while it took over
+            leave(path.with_name(f"{path.name}.{dead.token[:12]}"), silent=1000)
+        start.wait()
+        start.wait()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * takers
+    assert takes.value == takers * rounds
+    assert most.value == 1, "two held the lock at once"
+    assert not list(path.parent.iterdir())
