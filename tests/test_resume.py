@@ -1,0 +1,201 @@
+"""A run that is stopped, killed or poisoned ends as one that was not: the same bits, or a reason with names."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+
+from stas import train as train_module
+from stas.checkpoint import load_checkpoint
+from stas.config import Recipe
+from stas.errors import EXIT_FAILED, EXIT_RESUMABLE, TrainingError
+from stas.paths import RunPaths, Workspace
+from stas.progress import read_metrics
+from stas.train import train
+from tests.launch import QUIET, stas
+from tests.test_train import assert_same_run, changed
+
+pytestmark = pytest.mark.slow
+
+
+def start(*arguments: object, ranks: int = 1) -> subprocess.Popen[str]:
+    line = [sys.executable, "-m", "stas", "launch", "--processes", str(ranks), *map(str, arguments)]
+    return subprocess.Popen(line, env=os.environ | QUIET, stderr=subprocess.PIPE, text=True)
+
+
+def recipe_file(recipe: Recipe, directory: Path) -> Path:
+    path = directory / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    return path
+
+
+def position(run: RunPaths) -> tuple[int, int]:
+    """Epochs done and steps of the next one, by the newest checkpoint."""
+    try:
+        progress = load_checkpoint(run.checkpoint("last")).facts["progress"]
+    except ValueError:  # none yet, or it is just being replaced
+        return (0, 0)
+    return progress["epoch"], progress["step"]
+
+
+def wait_for_epochs(process: subprocess.Popen[str], run: RunPaths, count: int) -> bool:
+    """Whether the process still runs when `count` epochs are done."""
+    while process.poll() is None:
+        if run.metrics.exists() and len(read_metrics(run.metrics)) >= count:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    children = psutil.Process(process.pid).children(recursive=True)
+    ranks = [child for child in children if "RANK" in child.environ() and "train" in child.cmdline()]
+    return sorted(ranks, key=lambda child: int(child.environ()["RANK"]))
+
+
+def long_recipe(tiny: Recipe, **train_settings: object) -> Recipe:
+    """Enough steps to be stopped several times: 7 images, 4 steps an epoch."""
+    return changed(tiny, train={"epochs": 16, "batch": 2} | train_settings)
+
+
+def test_two_ranks_stopped_twice_by_a_signal_to_one_rank_equal_two_never_stopped(
+    store_workspace: Workspace, tiny: Recipe, tmp_path: Path
+):
+    path = recipe_file(long_recipe(tiny), tmp_path)
+    again = ["train", "--recipe", path, "--workspace", store_workspace.root, "--run"]
+    whole, parts = store_workspace.run("pair-whole"), store_workspace.run("pair-parts")
+    assert stas("launch", "--processes", 2, *again, "pair-whole").returncode == 0
+    for number, sent in enumerate((signal.SIGTERM, signal.SIGUSR1)):
+        with start(*again, "pair-parts", ranks=2) as process:
+            assert wait_for_epochs(process, parts, 2 + 4 * number), process.communicate()[1]
+            ranks_of(process)[1 - number].send_signal(sent)
+            _, said = process.communicate(timeout=60)
+        assert process.returncode == EXIT_RESUMABLE, said
+        assert position(parts)[0] < 16
+    assert stas("launch", "--processes", 2, *again, "pair-parts").returncode == 0
+    assert_same_run(whole, parts)
+
+
+def test_killed_again_and_again_equals_never_killed(store_workspace: Workspace, tiny: Recipe, tmp_path: Path):
+    """kill -9 at random moments, with a checkpoint after nearly every step: within epochs and while it is written."""
+    recipe = long_recipe(tiny)
+    train(recipe, store_workspace, "kill-whole")
+    path = recipe_file(recipe, tmp_path)
+    again = ["train", "--recipe", path, "--workspace", store_workspace.root, "--run", "kill-parts"]
+    again += ["--checkpoint-every", "0.01s"]
+    run = store_workspace.run("kill-parts")
+    chance = random.Random(0)
+    stops = set()
+    for _ in range(3):
+        with start(*again) as process:
+            done = position(run)[0]
+            assert wait_for_epochs(process, run, done + 2), process.communicate()[1]
+            time.sleep(chance.random() / 10)
+            process.kill()
+        stops.add(position(run)[1])
+    train(recipe, store_workspace, "kill-parts")
+    assert_same_run(store_workspace.run("kill-whole"), run)
+    assert stops != {0}, "every one fell on the end of an epoch, so nothing was tried"
+
+
+def test_the_scaler_of_fp16_resumes(store_workspace: Workspace, tiny: Recipe):
+    recipe = changed(tiny, train={"precision": "fp16", "epochs": 4})
+    train(recipe, store_workspace, "scaled-whole")
+    train(changed(recipe, train={"epochs": 2}), store_workspace, "scaled-parts")
+    train(recipe, store_workspace, "scaled-parts")
+    assert_same_run(store_workspace.run("scaled-whole"), store_workspace.run("scaled-parts"))
+    scalers = [load_checkpoint(store_workspace.run(f"scaled-{kind}").checkpoint("last")) for kind in ("whole", "parts")]
+    assert scalers[0].facts["scaler"] == scalers[1].facts["scaler"]
+
+
+def test_a_killed_rank_ends_the_others_and_the_log_names_it(store_workspace: Workspace, tiny: Recipe, tmp_path: Path):
+    path = recipe_file(long_recipe(tiny, epochs=1_000_000), tmp_path)
+    run = store_workspace.run("orphan")
+    with start("train", "--recipe", path, "--workspace", store_workspace.root, "--run", "orphan", ranks=2) as process:
+        assert wait_for_epochs(process, run, 2)
+        ranks = ranks_of(process)
+        ranks[1].kill()
+        began = time.monotonic()
+        _, said = process.communicate(timeout=60)
+        assert time.monotonic() - began < 30
+    assert process.returncode == EXIT_FAILED
+    assert not any(rank.is_running() for rank in ranks)
+    assert "rank      : 1" in said and "SIGKILL" in said, said
+
+
+def test_an_exception_is_logged_with_its_rank(tmp_path: Path):
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "from stas import distributed\n"
+        "with distributed.join_ranks() as ranks:\n"
+        "    if ranks.rank == 1: raise KeyError('lost')\n"
+        "    distributed.barrier()\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = os.environ | QUIET | {"PYTHONPATH": str(Path.cwd())}
+    done = subprocess.run(torchrun, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert "rank 1 of 2: KeyError: 'lost'" in done.stderr
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """Let the network give NaN in these steps of the run."""
+    backward, count = train_module._backward, [0]
+
+    def with_poison(job, batch):
+        count[0] += 1
+        if count[0] in steps:
+            batch.images.fill_(torch.nan)
+        return backward(job, batch)
+
+    monkeypatch.setattr(train_module, "_backward", with_poison)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_samples(
+    store_workspace: Workspace, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+):
+    poisoned(monkeypatch, {3})
+    run = store_workspace.run("poisoned")
+    with pytest.raises(TrainingError, match=r"not finite in epoch 2, step 1, on samples sample_\d+, .*max_bad_steps"):
+        train(tiny, store_workspace, "poisoned")
+    record = json.loads(run.bad_steps.read_text())
+    assert (record["epoch"], record["step"]) == (2, 1) and len(record["samples"]) == 4
+    assert position(run) == (1, 0), "the checkpoint before is kept"
+
+
+def test_a_bounded_number_of_bad_steps_is_skipped(
+    store_workspace: Workspace, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+):
+    recipe = changed(tiny, train={"epochs": 3, "max_bad_steps": 2})
+    poisoned(monkeypatch, {2, 3})
+    train(recipe, store_workspace, "skipping")
+    run = store_workspace.run("skipping")
+    saved = load_checkpoint(run.checkpoint("last"))
+    assert saved.facts["progress"]["bad_steps"] == 2
+    assert all(bool(value.isfinite().all()) for value in saved.network.values())
+    assert len(run.bad_steps.read_text().splitlines()) == 2
+    poisoned(monkeypatch, {1, 2, 3})
+    with pytest.raises(TrainingError, match="2 such steps may be skipped"):
+        train(recipe, store_workspace, "skipping-too-often")
+
+
+def test_memory_that_does_not_suffice_names_what_to_lower(
+    store_workspace: Workspace, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+):
+    """The allocator's error is made; that its message arrives complete is tested."""
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train_module, "_backward", full)
+    with pytest.raises(TrainingError, match=r"4 images of 64 x 64 on each of 1 ranks, peak .*lower train\.batch \(4"):
+        train(tiny, store_workspace, "full")
