@@ -5,8 +5,8 @@ Messages read 'file: what was found and required: remedy'.
 
 import base64
 import binascii
-import json
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from stas.errors import InputDataError
-from stas.images import IMAGE_SUFFIXES
+from stas.images import IMAGE_SUFFIXES, MAX_SIDE
+from stas.untrusted import parse_json, read_bounded, shown
 
 # Each shape type with the fewest and the most points it may have.
 SHAPE_TYPES: dict[str, tuple[int, float]] = {
@@ -32,7 +33,11 @@ SHAPE_TYPES: dict[str, tuple[int, float]] = {
 LINE_WIDTH = 10  # pixels, as LabelMe draws lines and line strips into a mask
 POINT_RADIUS = 5  # pixels, likewise
 MAX_COORDINATE = 100_000  # pixels; Pillow needs minutes for a circle of a million
-MAX_FILE_BYTES = 512 * 1024 * 1024  # images embedded in it included
+MAX_FILE_BYTES = 256 * 1024 * 1024  # images embedded in it included
+# Rows of pixels that the edges of one annotation's shapes may cross, and rows' worth of pixels that they fill: each
+# takes Pillow up to a microsecond. 10^6 points that follow an outline cross some 2 million; 10^5 nuclei as many.
+MAX_DRAWING = 20_000_000
+FILLED_AT_ONCE = 4096  # pixels that are filled as fast as an edge crosses a row
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,20 +85,17 @@ def read_labelme(path: Path) -> Annotation:
         InputDataError: not readable, not LabelMe's structure, an unknown shape type, too few or too many points
             for the type, or points that are not finite; names file, shape and value.
     """
+    content = read_bounded(path, MAX_FILE_BYTES)
     try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise InputDataError(f"{path}: {size} bytes, more than {MAX_FILE_BYTES}: keep the image outside of it")
-        values = json.loads(path.read_bytes())
-    except InputDataError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
+        values = parse_json(content)
+    except ValueError as error:
         raise InputDataError(f"{path}: not readable as JSON ({error}): save it again with LabelMe") from error
+    del content  # which may be the greater part of this process's memory
     if not isinstance(values, dict) or not isinstance(values.get("shapes"), list):
         raise InputDataError(f"{path}: no list of 'shapes', so not a LabelMe annotation: take it out of the directory")
     image_path = values.get("imagePath")
     if not (image_path is None or isinstance(image_path, str)):
-        raise InputDataError(f"{path}: imagePath {_short(image_path)} is not text: save it again with LabelMe")
+        raise InputDataError(f"{path}: imagePath {shown(image_path)} is not text: save it again with LabelMe")
     return Annotation(
         shapes=tuple(_shape(f"{path}: shape {number}", shape) for number, shape in enumerate(values["shapes"], 1)),
         size=_declared_size(path, values),
@@ -102,23 +104,35 @@ def read_labelme(path: Path) -> Annotation:
     )
 
 
-def rasterise(shapes: Sequence[Shape], size: tuple[int, int], label: str) -> NDArray[np.bool_]:
+def rasterise(
+    shapes: Sequence[Shape], size: tuple[int, int], label: str, source: Path | None = None
+) -> NDArray[np.bool_]:
     """Draw the shapes of one label as LabelMe's own `shape_to_mask` draws each, all on one Pillow canvas.
 
     Args:
         shapes: shapes of other labels are passed over.
         size: (height, width) of the image in pixels.
         label: the label that is foreground.
+        source: the annotation, named in an error.
 
     Returns:
         (height, width), bool, the union of the shapes; what lies outside of the image is cut off.
+
+    Raises:
+        InputDataError: to draw them all takes longer than MAX_DRAWING allows, which is half a minute.
     """
     height, width = size
+    drawn = [shape for shape in shapes if shape.label == label]
+    if sum(_drawing(shape, size) for shape in drawn) > MAX_DRAWING:
+        points = sum(len(shape.points) for shape in drawn)
+        raise InputDataError(
+            f"{source or 'annotation'}: {len(drawn)} shapes of {points} points that cross an image of {width} x "
+            f"{height} pixels too often to be drawn: simplify them, or annotate with a mask PNG"
+        )
     canvas = Image.new("L", (width, height))
     draw = ImageDraw.Draw(canvas)
-    for shape in shapes:
-        if shape.label == label:
-            _draw(draw, shape)
+    for shape in drawn:
+        _draw(draw, shape)
     return np.asarray(canvas) > 0
 
 
@@ -145,12 +159,26 @@ def find_image(annotation_path: Path, annotation: Annotation, images: Sequence[P
     if annotation.image_path:
         written = annotation.image_path.replace("\\", "/")
         name = written.rpartition("/")[2]
-        within = [directory.resolve() for directory in (*images, annotation_path.parent)]
-        candidates = [(annotation_path.parent / written, True), *((directory / name, False) for directory in images)]
-        for candidate, contained in candidates:
-            if _is_file(candidate) and (not contained or _inside(candidate, within)):
+        for candidate in (_contained(annotation_path.parent, written, images), *(place / name for place in images)):
+            if candidate and _is_file(candidate):
                 return candidate
     return annotation.image_data
+
+
+def _drawing(shape: Shape, size: tuple[int, int]) -> float:
+    """How long a shape takes to draw, in units of an edge that crosses a row of pixels."""
+    low, high = shape.points.min(axis=0), shape.points.max(axis=0)
+    rows = np.clip(shape.points[:, 1], -1, size[0])
+    if shape.kind in ("circle", "point"):
+        radius = float(np.hypot(*(shape.points[-1] - shape.points[0]))) or POINT_RADIUS
+        low, high = shape.points[0] - radius, shape.points[0] + radius
+        crossed = 2 * radius  # Pillow walks around all of it, also outside of the image
+    elif shape.kind == "polygon":
+        crossed = float(np.abs(np.diff(rows, append=rows[:1])).sum()) + len(rows)
+    else:
+        crossed = float(np.abs(np.diff(rows)).sum()) + LINE_WIDTH * len(rows)
+    inside = np.clip([low, high], 0, (size[1], size[0]))
+    return crossed + float(np.prod(inside[1] - inside[0])) / FILLED_AT_ONCE
 
 
 def _draw(draw: ImageDraw.ImageDraw, shape: Shape) -> None:
@@ -179,7 +207,7 @@ def _shape(where: str, value: Any) -> Shape:
     kind = value.get("shape_type") or "polygon"  # LabelMe before 3.5 knew nothing else and did not write it
     if not isinstance(kind, str) or kind not in SHAPE_TYPES:
         raise InputDataError(
-            f"{where} is of type {_short(kind)}, none of {', '.join(SHAPE_TYPES)}: draw it as one of these"
+            f"{where} is of type {shown(kind)}, none of {', '.join(SHAPE_TYPES)}: draw it as one of these"
         )
     points = _points(where, value.get("points"))
     fewest, most = SHAPE_TYPES[kind]
@@ -196,10 +224,10 @@ def _points(where: str, value: Any) -> NDArray[np.float64]:
         raise InputDataError(f"{where} has no list of points: save it again with LabelMe")
     for point in value:
         if not (isinstance(point, list) and len(point) == 2 and all(type(number) in (int, float) for number in point)):
-            raise InputDataError(f"{where} has the point {_short(point)}, not a pair of numbers: draw it anew")
+            raise InputDataError(f"{where} has the point {shown(point)}, not a pair of numbers: draw it anew")
         if not all(abs(number) <= MAX_COORDINATE for number in point):  # false for NaN, too
             raise InputDataError(
-                f"{where} has the point {_short(point)}, not finite and within {MAX_COORDINATE} pixels: draw it anew"
+                f"{where} has the point {shown(point)}, not finite and within {MAX_COORDINATE} pixels: draw it anew"
             )
     return np.array(value, np.float64).reshape(-1, 2)
 
@@ -208,10 +236,10 @@ def _declared_size(path: Path, values: dict[str, Any]) -> tuple[int, int] | None
     sides = values.get("imageHeight"), values.get("imageWidth")
     if sides == (None, None):
         return None
-    if not all(type(side) is int and side > 0 for side in sides):
+    if not all(type(side) is int and 0 < side <= MAX_SIDE for side in sides):
         raise InputDataError(
-            f"{path}: imageHeight {_short(sides[0])} and imageWidth {_short(sides[1])} are not two whole numbers "
-            "above 0: save it again with LabelMe"
+            f"{path}: imageHeight {shown(sides[0])} and imageWidth {shown(sides[1])} are not two whole numbers "
+            f"above 0 and up to {MAX_SIDE}: save it again with LabelMe"
         )
     return sides  # pyright: ignore[reportReturnType]
 
@@ -220,7 +248,8 @@ def _embedded_image(path: Path, value: Any) -> bytes | None:
     if value is None or value == "":
         return None
     try:
-        return base64.b64decode("".join(value.split()), validate=True)
+        # Not split and joined: white space between single letters would take fifty times their memory.
+        return base64.b64decode(value.encode("ascii").translate(None, b" \t\r\n\v\f"), validate=True)
     except (AttributeError, binascii.Error, ValueError) as error:
         raise InputDataError(f"{path}: imageData is not base64 ({error}): save it again with LabelMe") from error
 
@@ -232,13 +261,19 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _inside(path: Path, directories: Sequence[Path]) -> bool:
-    """Whether `path`, its links followed, lies in one of the resolved directories."""
-    resolved = path.resolve()
-    return any(resolved.is_relative_to(directory) for directory in directories)
+def _contained(base: Path, written: str, images: Sequence[Path]) -> Path | None:
+    """The file that `written`, seen from `base`, names, if it lies in `base` or one of `images`, its links followed.
 
-
-def _short(value: Any) -> str:
-    """A value for a message, without its last part if it is long."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    Decided by the words first: to look at a path outside, on a share that is mounted by being looked at, is a read.
+    """
+    try:
+        within = [directory.resolve() for directory in (*images, base)]
+        path = Path(os.path.normpath(within[-1] / written))
+        named = [*within, *(Path(os.path.normpath(directory.absolute())) for directory in (*images, base))]
+        if any(path.is_relative_to(place) for place in named):
+            resolved = path.resolve()
+            if any(resolved.is_relative_to(place) for place in within):
+                return path
+    except (OSError, ValueError, RuntimeError):  # a name that no file can have, or links in a circle
+        pass
+    return None

@@ -23,7 +23,6 @@ from stas.predictions import (
     check_replaceable,
     digest,
     in_threads,
-    is_finished,
     list_members,
     log_graded,
     named,
@@ -92,11 +91,11 @@ def evaluate(
     listed = list_members(predictions)
     truths = _list_truth(truth, label, listed.stems)
     key = _key(listed, truths, images, threshold, sheets)
-    if is_finished(out, key):
-        log.info("%s: these predictions are already scored against this truth, nothing to do", out)
-        summary = read_json(out / SUMMARY)
-    else:
-        with building(out) as partial:
+    with building(out, key) as partial:
+        if partial is None:
+            log.info("%s: these predictions are already scored against this truth, nothing to do", out)
+            summary = read_json(out / SUMMARY)
+        else:
             counts = _count(listed, truths, threshold)
             summary = _summarise(listed, counts, truths)
             write_json(partial / SUMMARY, summary)
@@ -168,7 +167,7 @@ def _read_truth(truths: Truth, stem: str, size: tuple[int, int]) -> NDArray[np.b
     if path.suffix == ".json":
         annotation = read_labelme(path)
         found = annotation.size or size
-        mask = rasterise(annotation.shapes, size, truths.label) if found == size else None
+        mask = rasterise(annotation.shapes, size, truths.label, path) if found == size else None
     else:
         mask, _ = read_member_mask(path)
         found = mask.shape

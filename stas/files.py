@@ -1,14 +1,19 @@
 """Files that are either the old version or the new one, never half of one."""
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
+import shutil
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from stas.errors import InputDataError
+from stas.untrusted import MAX_JSON_BYTES, parse_json, read_bounded
 
 
 @contextmanager
@@ -16,20 +21,87 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a binary file that appears under `path`, synced to disk, only if the block succeeds.
 
     The temporary file stands in the same directory, because a rename is atomic only within one
-    file system; host and process in its name keep two nodes from writing into the same one.
+    file system. Its name is made up: two pods of one Job share a host name and have the same process numbers.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+    with named_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):  # on a volume that is read-only by now; what went wrong before is to be told
+                temporary.unlink(missing_ok=True)
+            raise
+        sync_directory(path.parent)
+
+
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Name the file in errors of writing, which the system leaves nameless."""
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
         raise
-    sync_directory(path.parent)
+
+
+def disk_trouble(error: OSError) -> str | None:
+    """What a person can do about a disk that is full, read-only or failing; None where an error is none of these."""
+    remedy = _REMEDIES.get(error.errno or 0)
+    if remedy is None:
+        return None
+    path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else None
+    return f"{path or 'a file'}: {error.strerror}{_room(path) if error.errno == errno.ENOSPC else ''}: {remedy}"
+
+
+_KEPT = "What was complete before is kept, and the same command goes on from it"
+_REMEDIES = {
+    errno.ENOSPC: f"free some space there, or take a larger volume. {_KEPT}",
+    errno.EDQUOT: f"remove what is not needed, or ask for a larger quota. {_KEPT}",
+    errno.EROFS: f"mount the volume for writing, or give another directory. {_KEPT}",
+    errno.EACCES: f"let this user write there, or give another directory. {_KEPT}",
+    errno.EPERM: f"let this user write there, or give another directory. {_KEPT}",
+    errno.EIO: f"the disk or its network failed; look at the kernel's log. {_KEPT}",
+    errno.ESTALE: f"the file server lost the file; mount the volume again. {_KEPT}",
+}
+
+
+def _room(path: Path | None) -> str:
+    try:
+        usage = shutil.disk_usage(next(parent for parent in (path or Path()).absolute().parents if parent.is_dir()))
+    except (OSError, StopIteration):
+        return ""
+    return f" ({usage.free / 2**20:.1f} of {usage.total / 2**20:.0f} MiB are free)"
+
+
+def remove_leftovers(directory: Path, pattern: str = ".*.tmp") -> None:
+    """Remove what killed processes have left in a directory. Only who holds its lock may do so."""
+    for path in directory.glob(pattern):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swap two names at once; false where the system or the file system cannot, as on NFS."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOENT):
+        return False
+    raise OSError(number, os.strerror(number), str(one), None, str(other))
+
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
 
 
 def sync_directory(directory: Path) -> None:
@@ -63,10 +135,11 @@ def append_json_line(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Read a JSON file; raise InputDataError naming the file where it is not one."""
+    content = read_bounded(path, MAX_JSON_BYTES)
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputDataError(f"{path}: not readable as JSON ({error})") from error
+        return parse_json(content)
+    except ValueError as error:
+        raise InputDataError(f"{path}: not readable as JSON ({error}): restore it, or make it again") from error
 
 
 def sha256(path: Path) -> str:

@@ -1,18 +1,38 @@
 """Reading and writing pictures: RGB images, masks and probabilities."""
 
 import io
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from stas.errors import InputDataError
 from stas.files import atomic_write
+from stas.untrusted import check_file
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
-MAX_PIXELS = 256 * 1024 * 1024  # a decompression bomb's size, not a micrograph's
+# What Pillow may take a file for, whatever its suffix: of the others, one hands the file to an interpreter (EPS).
+_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")
+# A decompression bomb's size, not a micrograph's. One image takes up to 20 bytes a pixel while it is read: 2.5 GiB.
+MAX_PIXELS = 128 * 1024 * 1024
+MAX_SIDE = 65_535  # pixels, the longest that JPEG knows; resizing a strip of a hundred million takes minutes
+MAX_IMAGE_BYTES = 512 * 1024 * 1024  # of the file
+MAX_SCANS = 200  # of a progressive JPEG, which has 10; each empty one costs as much time as a whole image
+MAX_STEM_BYTES = 150  # in UTF-8: 255 are allowed, and temporary names are longer
 Image.MAX_IMAGE_PIXELS = None  # checked here instead, before decoding and with our own message
+# How each EXIF orientation is undone.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SAME_NAME = " but for case or the form of accents"
 _EIGHT_BIT_MODES = ("RGB", "L", "P", "1", "CMYK", "YCbCr", "RGBA", "LA")
 
 
@@ -20,23 +40,45 @@ def list_images(directory: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> 
     """The images of a directory by stem, in sorted order of the stems.
 
     Raises:
-        InputDataError: no such directory, no image in it, or two images with one stem.
+        InputDataError: no such directory, no image in it, two images with one stem, or with stems that differ only in
+            case or in how an accent is written, or a stem of more than MAX_STEM_BYTES.
     """
     if not directory.is_dir():
         raise InputDataError(f"{directory}: not a directory; give the directory that holds the images")
     found: dict[str, Path] = {}
+    folded: dict[str, Path] = {}
     for path in sorted(directory.iterdir()):
         if path.suffix.lower() not in suffixes or path.name.startswith("."):
             continue
-        if path.stem in found:
+        check_stem(path)
+        other = folded.setdefault(fold(path.stem), path)
+        if other != path:
+            same = (
+                f"share the stem {path.stem!r}" if other.stem == path.stem else f"have stems of one name ({SAME_NAME})"
+            )
             raise InputDataError(
-                f"{directory}: {found[path.stem].name} and {path.name} share the stem {path.stem!r}, "
-                "which names their masks: rename one"
+                f"{directory}: {other.name} and {path.name} {same}, which names their masks: rename one"
             )
         found[path.stem] = path
     if not found:
         raise InputDataError(f"{directory}: no image in it (looked for {' '.join(suffixes)})")
     return dict(sorted(found.items()))
+
+
+def fold(stem: str) -> str:
+    """A stem as file systems see it that are blind to case or to the form of accents (macOS, Windows, shares)."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", stem).casefold())
+
+
+def check_stem(path: Path) -> None:
+    """Refuse a name whose mask could not be written.
+
+    Raises:
+        InputDataError: the stem has more than MAX_STEM_BYTES.
+    """
+    length = len(path.stem.encode(errors="surrogateescape"))
+    if length > MAX_STEM_BYTES:
+        raise InputDataError(f"{path}: a stem of {length} bytes, more than {MAX_STEM_BYTES}: rename it")
 
 
 def read_image(source: Path | bytes) -> NDArray[np.uint8]:
@@ -56,14 +98,17 @@ def read_image(source: Path | bytes) -> NDArray[np.uint8]:
     image = _open(source)
     if image.mode not in _EIGHT_BIT_MODES:
         raise InputDataError(f"{_name(source)}: image mode {image.mode} is not 8-bit: convert it to 8-bit RGB")
-    return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    method = _UPRIGHT.get(_orientation(source, image))
+    if method is not None:
+        image = image.transpose(method)
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def image_size(source: Path | bytes) -> tuple[int, int]:
     """(height, width) in pixels after EXIF orientation, without decoding the pixels."""
     image = _open(source, decode=False)
     width, height = image.size
-    turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
+    turned = _orientation(source, image) in (5, 6, 7, 8)
     return (width, height) if turned else (height, width)
 
 
@@ -106,19 +151,48 @@ def write_probability(path: Path, probability: NDArray[np.float32]) -> None:
 
 
 def _open(source: Path | bytes, decode: bool = True) -> Image.Image:
+    name = _name(source)
+    if isinstance(source, Path):
+        check_file(source, MAX_IMAGE_BYTES)
     try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        if image.width * image.height > MAX_PIXELS:
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS)
+        width, height = image.size
+        if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
             raise InputDataError(
-                f"{_name(source)}: {image.width} x {image.height} pixels, more than {MAX_PIXELS}: cut it into tiles"
+                f"{name}: {width} x {height} pixels, more than {MAX_PIXELS} or than {MAX_SIDE} a side: "
+                "cut it into tiles"
             )
+        if min(width, height) < 1:
+            raise InputDataError(f"{name}: {width} x {height} pixels, nothing to see: export it again")
         if decode:
+            _check_scans(source, image)
             image.load()
     except InputDataError:
         raise
     except Exception as error:  # Pillow raises many kinds from damaged files: OSError, SyntaxError, struct.error, ...
-        raise InputDataError(f"{_name(source)}: not readable as an image ({error}): export it again") from error
+        raise InputDataError(f"{name}: not readable as an image ({error}): export it again") from error
     return image
+
+
+def _check_scans(source: Path | bytes, image: Image.Image) -> None:
+    """Count the scans of a JPEG, whose markers cannot stand within compressed data."""
+    if image.format not in ("JPEG", "MPO"):
+        return
+    scans = (source if isinstance(source, bytes) else source.read_bytes()).count(b"\xff\xda")
+    if scans > MAX_SCANS:
+        raise InputDataError(f"{_name(source)}: a JPEG of {scans} scans, more than {MAX_SCANS}: export it again")
+
+
+def _orientation(source: Path | bytes, image: Image.Image) -> int:
+    """EXIF's number, 1 to 8, for how an image lies on its side or back; 1 where it says nothing."""
+    try:
+        value = image.getexif().get(0x0112, 1)
+    except Exception as error:  # as many kinds as from damaged images
+        raise InputDataError(
+            f"{_name(source)}: its EXIF data are not readable ({error}), so which side is up is not known: "
+            "export it again"
+        ) from error
+    return value if isinstance(value, int) else 1
 
 
 def _name(source: Path | bytes) -> str:

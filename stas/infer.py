@@ -21,12 +21,12 @@ from stas.checkpoint import Checkpoint, load_checkpoint
 from stas.config import Recipe, parse_recipe
 from stas.distributed import Ranks
 from stas.errors import InputDataError, UsageError
-from stas.files import read_json, sha256
+from stas.files import read_json, remove_leftovers, sha256
 from stas.images import grey_size, list_images, read_image, write_mask, write_probability
 from stas.loader import prefetch
 from stas.model import build_network
-from stas.paths import Workspace, manifest, prediction, probability
-from stas.predictions import check_replaceable, is_finished, named, publish, write_manifest
+from stas.paths import Workspace, lock, manifest, prediction, probability
+from stas.predictions import check_replaceable, is_finished, is_settled, named, publish, tidy, write_manifest
 from stas.progress import bar
 from stas.store import area_resize
 from stas.transforms import normalise, scale_intensity
@@ -83,18 +83,27 @@ def infer(
         "images": {stem: sha256(file) for stem, file in files.items()},
     }
     with distributed.join_ranks() as ranks:
-        if is_finished(out, key):
+        if distributed.any_of(ranks.first and is_settled(out, key))[0]:
             log.info("%s: the masks of %d images are there; nothing to do", out, len(files))
             return out
-        _check_same_images(out, key)
-        digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
-        partial = out.with_name(f".{out.name}.{digest}.partial")
-        partial.mkdir(parents=True, exist_ok=True)
-        _predict_share(loaded, recipe, files, partial, key, ranks)
-        distributed.barrier()
-        if ranks.first:
-            _finish(partial, out, key, files)
-        distributed.barrier()
+        with distributed.locked(lock(out), ranks) as held:
+            digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
+            partial = out.with_name(f".{out.name}.{digest}.partial")
+            if ranks.first:
+                tidy(out, keep=partial)
+            if distributed.any_of(ranks.first and is_finished(out, key))[0]:
+                log.info("%s: another process has made the masks of %d images", out, len(files))
+                return out
+            _check_same_images(out, key)
+            if ranks.first:
+                _take_up(partial, key)
+            distributed.barrier()
+            _predict_share(loaded, recipe, files, partial, key, ranks)
+            distributed.barrier()
+            if held:
+                held.check()
+                _finish(partial, out, key, files)
+            distributed.barrier()
     return out
 
 
@@ -200,11 +209,18 @@ def _check_same_images(out: Path, key: dict[str, Any]) -> None:
         )
 
 
+def _take_up(partial: Path, key: dict[str, Any]) -> None:
+    """Make the partial directory, or clear one up that a killed process left."""
+    if manifest(partial).exists() and not is_finished(partial, key):
+        shutil.rmtree(partial)  # an older set that had just been swapped out
+    partial.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(partial)
+    remove_leftovers(probability(partial, "any").parent)
+
+
 def _finish(partial: Path, out: Path, key: dict[str, Any], files: dict[str, Path]) -> None:
     sizes = {stem: grey_size(prediction(partial, stem)) for stem in files}
     images = {stem: {"height": height, "width": width} for stem, (height, width) in sizes.items()}
     write_manifest(partial, {"key": key, "images": images, "probabilities": key["probabilities"]})
     publish(partial, out)
-    for leftover in out.parent.glob(f".{out.name}.*.partial"):
-        shutil.rmtree(leftover, ignore_errors=True)
     log.info("%s: masks of %d images", out, len(files))

@@ -8,12 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from stas.annotations import Annotation, find_image, read_labelme
+from stas.annotations import MAX_FILE_BYTES, Annotation, find_image, read_labelme
 from stas.errors import InputDataError
 from stas.files import sha256
-from stas.images import IMAGE_SUFFIXES, list_images
+from stas.images import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, SAME_NAME, check_stem, fold, list_images
 from stas.progress import bar
 from stas.store import FORMAT, Skipped
+from stas.untrusted import check_file, shown
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,12 @@ def find_pairs(images: Sequence[Path], annotations: Sequence[Path]) -> tuple[lis
         found = list(bar(threads.map(resolve, annotation_files), len(annotation_files), "hash"))
     pairs, twice = _one_annotation_each([pair for pair in found if isinstance(pair, Pair)])
     bad = [*double.values(), *(entry for entry in found if not isinstance(entry, Pair)), *twice]
-    used = {pair.image.resolve() for pair in pairs if pair.image}
+    used = {_resolved(pair.image) for pair in pairs if pair.image}
     remedy = "annotate it (a LabelMe file without shapes says that there is nothing to find) or take it out"
     bad += [
         skipped(path, InputDataError(f"{path}: no annotation of this stem: {remedy}"))
         for stem, path in image_files.items()
-        if stem not in annotation_files and stem not in double and path.resolve() not in used
+        if stem not in annotation_files and stem not in double and _resolved(path) not in used
     ]
     return pairs, sorted(bad, key=lambda entry: entry["file"])
 
@@ -94,10 +95,11 @@ def pair_hashes(annotation: Path, image: Path | None, content: Annotation | None
 
 def skipped(file: Path, error: Exception) -> Skipped:
     """An error as a manifest's entry. Messages of InputDataError read 'file: reason: remedy'."""
-    name = str(file).encode(errors="backslashreplace").decode()  # a name that is not UTF-8 cannot stand in JSON
-    if not isinstance(error, InputDataError):
-        return Skipped(file=name, reason=f"not readable ({error})", remedy="look at its permissions and its disk")
-    reason, _, remedy = str(error).removeprefix(f"{file}: ").rpartition(": ")
+    reason, remedy = f"not readable ({error})", "look at its permissions and its disk"
+    if isinstance(error, InputDataError):
+        reason, _, remedy = str(error).removeprefix(f"{file}: ").rpartition(": ")
+    # A name that is not UTF-8 cannot stand in JSON, and a reason may hold another file's.
+    name, reason = (text.encode(errors="backslashreplace").decode() for text in (str(file), reason))
     return Skipped(file=name, reason=reason, remedy=remedy)
 
 
@@ -108,10 +110,9 @@ def cores() -> int:
 
 def _pair(annotation: Path, image: Path | None, images: Sequence[Path]) -> Pair:
     """Find and hash the image of an annotation, given the image file of its stem if there is one."""
-    try:
-        annotation.name.encode()
-    except UnicodeEncodeError:
-        raise InputDataError(f"{annotation}: its name is not UTF-8: rename it and its image") from None
+    _check_utf8(annotation, annotation)
+    check_stem(annotation)
+    check_file(annotation, MAX_FILE_BYTES)  # before it is hashed, which never ends for a pipe
     content = None
     if image is None:
         if annotation.suffix.lower() != ".json":
@@ -120,11 +121,31 @@ def _pair(annotation: Path, image: Path | None, images: Sequence[Path]) -> Pair:
         found = find_image(annotation, content, images)
         if found is None:
             raise InputDataError(
-                f"{annotation}: no image, neither of this stem, nor at imagePath {content.image_path!r} within the "
-                f"given directories, nor embedded: put it into {images[0]}"
+                f"{annotation}: no image, neither of this stem, nor at imagePath {shown(content.image_path)} within "
+                f"the given directories, nor embedded: put it into {images[0]}"
             )
         image = found if isinstance(found, Path) else None
+    if image is not None:
+        _check_utf8(annotation, image)
+        check_file(image, MAX_IMAGE_BYTES)
     return Pair(annotation, image, *pair_hashes(annotation, image, content))
+
+
+def _check_utf8(annotation: Path, file: Path) -> None:
+    """Refuse an annotation if the name of `file`, it or its image, cannot stand in a manifest."""
+    try:
+        file.name.encode()
+    except UnicodeEncodeError:
+        whose = "its name" if file == annotation else f"the name of its image {file}"
+        raise InputDataError(f"{annotation}: {whose} is not UTF-8: rename it and its image") from None
+
+
+def _resolved(path: Path) -> Path:
+    """The path with its links followed; as it is where they lead in a circle."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):
+        return path
 
 
 def _one_annotation_each(found: Sequence[Pair]) -> tuple[list[Pair], list[Skipped]]:
@@ -134,7 +155,7 @@ def _one_annotation_each(found: Sequence[Pair]) -> tuple[list[Pair], list[Skippe
     annotated: dict[Path, Path] = {}
     # An annotation of the image's own stem comes first.
     for pair in sorted(found, key=lambda pair: (pair.image is not None and pair.image.stem != pair.stem, pair.stem)):
-        first = annotated.setdefault(pair.image.resolve(), pair.annotation) if pair.image else pair.annotation
+        first = annotated.setdefault(_resolved(pair.image), pair.annotation) if pair.image else pair.annotation
         if first == pair.annotation:
             pairs.append(pair)
         else:
@@ -159,12 +180,16 @@ def _list_annotations(directories: Sequence[Path], images: set[Path]) -> tuple[d
             raise InputDataError(f"{directory}: not a directory: give the directory that holds the annotations")
         suffixes = (".json",) if directory.resolve() in images else (".json", ".png")
         found: dict[str, Path] = {}
+        folded: dict[str, Path] = {}
         for path in sorted(directory.iterdir()):
             if path.suffix.lower() not in suffixes or path.name.startswith("."):
                 continue
-            if path.stem in found:
-                reason = f"{found[path.stem].name} annotates the same image"
-                bad[path.stem] = skipped(path, InputDataError(f"{reason}: keep one of the two"))
+            other = folded.setdefault(fold(path.stem), path)
+            if other != path:
+                but = "" if other.stem == path.stem else f", the stem being the same{SAME_NAME}"
+                for one, two in ((path, other), (other, path)):  # one entry, for `path`, where the stems are equal
+                    error = InputDataError(f"{two.name} annotates the same image{but}: keep one of the two")
+                    bad.setdefault(one.stem, skipped(one, error))
             found[path.stem] = path
         return found
 
@@ -175,11 +200,14 @@ def _list_annotations(directories: Sequence[Path], images: set[Path]) -> tuple[d
 def _by_stem(directories: Sequence[Path], listing: Callable[[Path], dict[str, Path]]) -> dict[str, Path]:
     """The files of several directories by stem."""
     files: dict[str, Path] = {}
+    folded: dict[str, Path] = {}
     for directory in {directory.resolve(): directory for directory in directories}.values():
+        before = dict(folded)
         for stem, path in listing(directory).items():
-            if stem in files:
+            if other := before.get(fold(stem)):
+                but = "" if other.stem == stem else SAME_NAME
                 raise InputDataError(
-                    f"{files[stem]} and {path} share the stem {stem!r}, which names a sample: rename one"
+                    f"{other} and {path} share the stem {stem!r}{but}, which names a sample: rename one"
                 )
-            files[stem] = path
+            folded[fold(stem)] = files[stem] = path
     return files

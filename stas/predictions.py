@@ -6,11 +6,13 @@ Sets of other makers need neither: any directory of mask PNGs is one.
 """
 
 import errno
+import glob
 import hashlib
 import json
 import logging
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,8 +26,9 @@ from tqdm import tqdm
 
 from stas import paths
 from stas.errors import InputDataError, UsageError
-from stas.files import read_json, sha256, sync_directory, write_json
+from stas.files import exchange, read_json, sha256, sync_directory, write_json
 from stas.images import grey_size, list_images, read_grey
+from stas.locks import lock
 
 log = logging.getLogger(__name__)
 
@@ -180,12 +183,13 @@ def check_replaceable(directory: Path) -> None:
 def publish(partial: Path, final: Path) -> None:
     """Give a finished directory its final name; an older result of that name is moved aside, then removed.
 
-    A process that is killed in between leaves the old result, none or the new one under `final`, never a mixture.
+    A process that is killed in between leaves the old result or the new one under `final`. Where the file system
+    cannot swap two names (NFS), it may also leave none; `tidy` brings the old one back then.
 
     Raises:
         UsageError: `final` was not made here (see `check_replaceable`).
     """
-    aside = final.with_name(f".{final.name}.{os.uname().nodename}.{os.getpid()}.old")
+    aside = final.with_name(f".{final.name}.{uuid.uuid4().hex[:12]}.old")
     sync_directory(partial)
     while True:
         check_replaceable(final)
@@ -195,8 +199,10 @@ def publish(partial: Path, final: Path) -> None:
         except OSError as error:  # only these two say that an older result is there
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-        shutil.rmtree(aside, ignore_errors=True)
         try:
+            if exchange(partial, final):
+                partial.rename(aside)  # or it could be taken for work to go on with
+                break
             final.rename(aside)
         except FileNotFoundError:  # another process publishes the same name at this moment
             continue
@@ -204,22 +210,55 @@ def publish(partial: Path, final: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def tidy(final: Path, keep: Path | None = None) -> None:
+    """Bring back or clear away what a killed process left beside `final`. Only who holds its lock may do so.
+
+    Args:
+        final: the directory that the process was to make.
+        keep: a partial directory to go on with.
+    """
+    name = glob.escape(final.name)
+    for aside in sorted(final.parent.glob(f".{name}.*.old")):
+        if not final.exists():  # killed between the two renames of `publish`
+            aside.rename(final)
+            log.warning("%s: brought back; a process was killed while it replaced it", final)
+        shutil.rmtree(aside, ignore_errors=True)
+    for partial in final.parent.glob(f".{name}.*.partial"):
+        if partial != keep:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def is_settled(directory: Path, key: dict[str, Any]) -> bool:
+    """Whether `directory` is finished (see `is_finished`), and nobody is at work or was killed beside it."""
+    return is_finished(directory, key) and not any(directory.parent.glob(f".{glob.escape(directory.name)}.*"))
+
+
 @contextmanager
-def building(final: Path) -> Iterator[Path]:
+def building(final: Path, key: dict[str, Any]) -> Iterator[Path | None]:
     """A partial directory beside `final` that is published if the block succeeds and removed if it fails.
+
+    None where `final` has been made from `key` already, also by another process that was waited for.
 
     Raises:
         UsageError: before the block, if `final` may not be replaced.
     """
     check_replaceable(final)
-    partial = final.with_name(f".{final.name}.{os.uname().nodename}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        publish(partial, final)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    if is_settled(final, key):
+        yield None
+        return
+    with lock(paths.lock(final)) as held:
+        tidy(final)
+        if is_finished(final, key):
+            yield None
+            return
+        partial = final.with_name(f".{final.name}.{uuid.uuid4().hex[:12]}.partial")
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            held.check()
+            publish(partial, final)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def in_threads(

@@ -7,6 +7,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -17,13 +18,16 @@ from numpy.typing import NDArray
 from stas.annotations import Annotation, rasterise, read_labelme
 from stas.config import Data, Recipe
 from stas.errors import InputDataError, UsageError
+from stas.files import remove_leftovers
 from stas.images import read_grey, read_image, write_mask
+from stas.locks import Lock, lock
 from stas.pairs import Pair, cores, find_pairs, pair_hashes, skipped, store_key
 from stas.paths import Workspace, manifest, prediction
+from stas.paths import lock as lock_of
 from stas.predictions import read_member_mask
 from stas.progress import bar
 from stas.split import split_samples
-from stas.store import Skipped, Store, point_to
+from stas.store import Skipped, Store, point_to, points_to
 from stas.store_writer import Record, Source, build_store, make_record
 
 log = logging.getLogger(__name__)
@@ -73,15 +77,20 @@ def preprocess(
     workspace.dataset(data.label, data.size)  # refuses a label that no file can be named after, before the work
     pairs, bad = find_pairs(images, annotations)
     directory = workspace.store(store_key(data.label, data.size, pairs, bad))
-    if manifest(directory).is_file():
-        log.info("%s is there already, made of the same files", directory)
-        _check_skipped(Store(directory).skipped, skip_bad)
-    else:
-        _build(directory, pairs, bad, data, skip_bad, workers or cores())
-    store = Store(directory)
+    pointer = workspace.dataset(data.label, data.size)
+    with nullcontext() if _is_settled(pointer, directory) else lock(lock_of(pointer)) as held:
+        if held:
+            for made in (directory, pointer):
+                remove_leftovers(workspace.stores, f".{made.name}.*.tmp")
+        if manifest(directory).is_file():
+            log.info("%s is there already, made of the same files", directory)
+            _check_skipped(Store(directory).skipped, skip_bad)
+        else:
+            _build(directory, pairs, bad, data, skip_bad, workers or cores(), held)
+        store = Store(directory)
+        point_to(workspace, store)
     if masks is not None:
         _write_masks(store, masks)
-    point_to(workspace, store)
     _report(store)
     training, validation = split_samples(store.samples, data.split)
     print(f"split  {data.split.kind}: {len(training)} for training, {len(validation)} for validation")
@@ -140,8 +149,20 @@ def ordered_map(function: Callable[[Item], Result], items: Sequence[Item], worke
         pool.shutdown(cancel_futures=True)
 
 
+def _is_settled(pointer: Path, directory: Path) -> bool:
+    """Whether the store is there and pointed to, and nobody is at work on it or was killed at it."""
+    beside = [path for made in (pointer, directory) for path in made.parent.glob(f".{made.name}.*")]
+    return manifest(directory).is_file() and points_to(pointer, directory.name) and not beside
+
+
 def _build(
-    directory: Path, pairs: Sequence[Pair], bad: Sequence[Skipped], data: Data, skip_bad: bool, workers: int
+    directory: Path,
+    pairs: Sequence[Pair],
+    bad: Sequence[Skipped],
+    data: Data,
+    skip_bad: bool,
+    workers: int,
+    held: Lock | None,
 ) -> None:
     """Build the store, looking at every pair before failing."""
     tasks = [Task(pair, data.label, data.size) for pair in pairs]
@@ -159,6 +180,8 @@ def _build(
             raise InputDataError("no usable pair of image and annotation is left: repair some of the files above")
         if not any(sample["area"] for sample in writer.samples):
             _check_label([pair.annotation for pair in pairs], data.label)
+        if held:
+            held.check()
 
 
 def _ignore_interrupt() -> None:
@@ -180,7 +203,7 @@ def _mask(path: Path, annotation: Annotation | None, size: tuple[int, int], labe
     """The foreground at the image's (height, width), from LabelMe's shapes or from a mask PNG."""
     if annotation is not None:
         _check_size(path, annotation.size or size, size)
-        return rasterise(annotation.shapes, size, label)
+        return rasterise(annotation.shapes, size, label, path)
     mask, graded = read_member_mask(path)
     if graded:
         raise InputDataError(
@@ -228,11 +251,13 @@ def _check_label(annotations: Sequence[Path], label: str) -> None:
 def _write_masks(store: Store, directory: Path) -> None:
     """Write each sample's mask as PNG, except where the file has the same pixels."""
     written = 0
-    for index, sample in enumerate(bar(store.samples, len(store), "masks")):
-        mask, path = store.full_mask(index), prediction(directory, sample["stem"])
-        if not _holds(path, mask):
-            write_mask(path, mask)
-            written += 1
+    with lock(lock_of(directory / "masks")):  # inside, because the directory may be all that can be written
+        remove_leftovers(directory, ".*.png.*.tmp")
+        for index, sample in enumerate(bar(store.samples, len(store), "masks")):
+            mask, path = store.full_mask(index), prediction(directory, sample["stem"])
+            if not _holds(path, mask):
+                write_mask(path, mask)
+                written += 1
     log.info("%s: %d masks written, %d were there", directory, written, len(store) - written)
 
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from stas.config import Data
 from stas.errors import InputDataError, UsageError
-from stas.files import atomic_write, read_json, write_json
+from stas.files import atomic_write, read_json, remove_leftovers, write_json
 from stas.filesystems import on_network
 from stas.paths import Workspace, cache_directory, manifest, store_data
 
@@ -190,7 +190,13 @@ class Store:
             fcntl.flock(lock, fcntl.LOCK_EX)  # all ranks of a node come at once, and one copy is enough
             if not copy.is_file() or copy.stat().st_size != self._bytes:
                 log.info("copying %s to %s, because LMDB must not be read on a network file system", data, copy)
-                copy_file(data, copy)
+                remove_leftovers(cache, f".{copy.name}.*.tmp")
+                try:
+                    copy_file(data, copy)
+                except OSError as error:
+                    raise UsageError(
+                        f"{data}: cannot be copied to {copy} ({error}): give a roomy local disk with STAS_CACHE_DIR"
+                    ) from error
         return copy
 
 
@@ -212,9 +218,16 @@ def open_store(workspace: Workspace, data: Data) -> Store:
 def point_to(workspace: Workspace, store: Store) -> None:
     """Make `store` the one that `open_store` finds for its label and size."""
     pointer = workspace.dataset(store.label, store.size)
-    content = {"store": store.key}
-    if not pointer.is_file() or read_json(pointer) != content:
-        write_json(pointer, content)
+    if not points_to(pointer, store.key):
+        write_json(pointer, {"store": store.key})
+
+
+def points_to(pointer: Path, key: str) -> bool:
+    """Whether a pointer names this store; a missing or damaged one names none."""
+    try:
+        return read_json(pointer) == {"store": key}
+    except InputDataError:
+        return False
 
 
 _environments: dict[Path, tuple[int, lmdb.Environment]] = {}
@@ -298,10 +311,5 @@ def local_disk() -> Path:
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file from end to end, atomically."""
-    try:
-        with source.open("rb") as file, atomic_write(target) as copy:
-            shutil.copyfileobj(file, copy, COPY_BLOCK)
-    except OSError as error:
-        raise UsageError(
-            f"{source}: cannot be copied to {target} ({error}): give a roomy local disk with STAS_CACHE_DIR"
-        ) from error
+    with source.open("rb") as file, atomic_write(target) as copy:
+        shutil.copyfileobj(file, copy, COPY_BLOCK)

@@ -19,7 +19,6 @@ from stas.predictions import (
     check_replaceable,
     digest,
     in_threads,
-    is_finished,
     list_members,
     log_graded,
     named,
@@ -69,11 +68,10 @@ def vote(
         "members": [{"name": name, "sha256": value} for name, value in zip(listed.names, hashes, strict=True)],
         "options": {"votes": [str(count) for count in votes], "ties": ties, "soft": soft, "threshold": threshold},
     }
-    if is_finished(out, key):
-        log.info("%s: already the vote of these members, nothing to do", out)
-        return out
-
-    with building(out) as partial:
+    with building(out, key) as partial:
+        if partial is None:
+            log.info("%s: already the vote of these members, nothing to do", out)
+            return out
 
         def one_image(stem: str) -> list[bool]:
             sources = [files[name][stem] for name in listed.names]
