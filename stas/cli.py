@@ -18,6 +18,7 @@ from stas.errors import (
     TrainingError,
     UsageError,
 )
+from stas.files import disk_trouble
 from stas.paths import Workspace, default_workspace, status_directory
 
 EPILOG = "Exit codes: 0 done, 2 wrong option or recipe, 3 bad input data, 75 stopped early (the same command goes on)."
@@ -45,6 +46,10 @@ def _run(options: argparse.Namespace) -> int:
         return _fail(error, EXIT_FAILED)
     except StoppedEarly as error:
         return _fail(error, EXIT_RESUMABLE)
+    except OSError as error:
+        if message := disk_trouble(error):
+            return _fail(message, EXIT_FAILED)
+        raise
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
 

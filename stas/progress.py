@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from stas.errors import InputDataError
-from stas.files import write_text
+from stas.files import named_errors, write_text
 
 Record = dict[str, Any]
 T = TypeVar("T")
@@ -30,13 +30,17 @@ class MetricsLog:
         kept = [record for record in read_metrics(path) if record["epoch"] <= keep_epochs] if path.exists() else []
         write_text(path, "".join(_line(record) for record in kept))
         self.records = read_metrics(path)  # of all epochs so far, over all parts of the run
-        self._file = path.open("a", buffering=1, encoding="utf-8")
+        self._path = path
+        self._file = path.open("ab", buffering=0)  # with a buffer, what failed would fail again at close
         self._events = SummaryWriter(str(tensorboard_dir), purge_step=keep_epochs + 1)
 
     def append(self, record: Record) -> None:
         """Append one epoch, on disk when this returns. The key `epoch` (from 1) is the step of the events."""
-        self._file.write(_line(record))
-        os.fsync(self._file.fileno())
+        with named_errors(self._path):
+            line = memoryview(_line(record).encode())
+            while line:  # a disk that gets full takes a part, and refuses the next
+                line = line[self._file.write(line) :]
+            os.fsync(self._file.fileno())
         self.records.append(record)
         for key, value in record.items():
             if key != "epoch" and isinstance(value, (int, float)) and not isinstance(value, bool):

@@ -4,7 +4,6 @@ import errno
 import logging
 import os
 import shutil
-import tempfile
 import time
 import uuid
 import zlib
@@ -84,15 +83,17 @@ class StoreWriter:
     def __init__(self, file: Path) -> None:
         self.samples: list[Sample] = []
         self.skipped: list[Skipped] = []
-        # Nobody else knows the file yet, so neither locks nor a sync for each record are needed.
-        self._env = lmdb.open(str(file), map_size=64 << 20, subdir=False, lock=False, sync=False, mode=0o644)
+        self._file = file
+        with _disk_errors(file):
+            # Nobody else knows the file yet, so neither locks nor a sync for each record are needed.
+            self._env = lmdb.open(str(file), map_size=64 << 20, subdir=False, lock=False, sync=False, mode=0o644)
 
     def add(self, record: Record) -> None:
         """Store one sample; its position is the number of samples before it."""
         parts = {"image": record.image, "mask": record.mask, "full": record.full_mask}
         while True:
             try:
-                with self._env.begin(write=True) as transaction:
+                with _disk_errors(self._file), self._env.begin(write=True) as transaction:
                     for part, data in parts.items():
                         transaction.put(record_key(len(self.samples), part), data)
                 break
@@ -102,10 +103,23 @@ class StoreWriter:
 
     def sync(self) -> None:
         """Bring everything to disk."""
-        self._env.sync(True)
+        with _disk_errors(self._file):
+            self._env.sync(True)
 
     def close(self) -> None:
         self._env.close()
+
+
+@contextmanager
+def _disk_errors(file: Path) -> Iterator[None]:
+    """Make the system's errors of LMDB's, which tell the number only in their text."""
+    try:
+        yield
+    except lmdb.Error as error:
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES):
+            if os.strerror(number) in str(error):
+                raise OSError(number, os.strerror(number), str(file)) from error
+        raise
 
 
 @contextmanager
@@ -126,9 +140,12 @@ def build_store(
     _remove_abandoned(directory.parent)
     remote = on_network(directory.parent) if network is None else network
     temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.tmp")
-    local = Path(tempfile.mkdtemp(prefix="stas-", dir=local_disk())) if remote else temporary
-    temporary.mkdir()
+    local = local_disk() / f"stas-{os.getuid()}-{directory.name}.build" if remote else temporary
+    if remote:  # what a killed process left
+        shutil.rmtree(local, ignore_errors=True)
     try:
+        temporary.mkdir()
+        local.mkdir(mode=0o700, exist_ok=not remote)
         writer = StoreWriter(store_data(local))
         try:
             yield writer

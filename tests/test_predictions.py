@@ -168,7 +168,8 @@ def test_publish_never_removes_what_is_not_ours(tmp_path):
 
 def test_building_leaves_the_old_set_when_it_fails(tmp_path):
     final = result(tmp_path / "set")
-    with pytest.raises(ZeroDivisionError), building(final) as partial:
+    with pytest.raises(ZeroDivisionError), building(final, {}) as partial:
+        assert partial
         result(partial, "new")
         raise ZeroDivisionError
     assert is_finished(final, {"from": "old"})
@@ -177,7 +178,7 @@ def test_building_leaves_the_old_set_when_it_fails(tmp_path):
 
 def test_building_refuses_before_any_work(tmp_path):
     (tmp_path / "set").write_text("a file")
-    with pytest.raises(UsageError, match="not a directory"), building(tmp_path / "set"):
+    with pytest.raises(UsageError, match="not a directory"), building(tmp_path / "set", {}):
         pytest.fail("the block must not run")
 
 
