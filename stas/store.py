@@ -16,36 +16,54 @@ import tempfile
 import threading
 import zlib
 from pathlib import Path
-from typing import TypedDict
+from typing import Annotated, Any
 
 import lmdb
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from typing_extensions import TypedDict  # which pydantic can validate before Python 3.12
 
 from stas.config import Data
 from stas.errors import InputDataError, UsageError
 from stas.files import atomic_write, read_json, remove_leftovers, write_json
 from stas.filesystems import on_network
+from stas.images import MAX_PIXELS, MAX_SIDE, MAX_STEM_BYTES
 from stas.paths import Workspace, cache_directory, manifest, store_data
+from stas.store_check import check_data_file
+from stas.untrusted import shown
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+MAX_STORED_SIDE = 8192  # pixels, the largest that a recipe may ask for
 COPY_BLOCK = 16 << 20
 ROWS_AT_ONCE = 32  # of a resized image, so that the sums stay in the processor's cache
 _MAKE_AGAIN = "delete the store and run `stas preprocess` again"
 
 
+def _plain_stem(stem: str) -> str:
+    """A stem that names a file in a directory, and none outside of it."""
+    if not stem or stem.startswith(".") or set(stem) & {"/", "\0"} or len(stem.encode()) > MAX_STEM_BYTES:
+        raise ValueError("not the stem of a file in one directory")
+    return stem
+
+
+Stem = Annotated[str, AfterValidator(_plain_stem)]
+Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
+Byte = Annotated[int, Field(ge=0, le=255)]
+
+
 class Sample(TypedDict):
     """A manifest's entry for one sample."""
 
-    stem: str
+    stem: Stem
     sha256: str  # of the three records, in the order image, mask, full mask
-    height: int  # of the original, pixels
-    width: int
-    min: int  # smallest and largest value of the original image over all channels, 0 to 255
-    max: int
-    area: int  # foreground pixels of the original mask
+    height: Side  # of the original, pixels
+    width: Side
+    min: Byte  # smallest and largest value of the original image over all channels, 0 to 255
+    max: Byte
+    area: Annotated[int, Field(ge=0, le=MAX_PIXELS)]  # foreground pixels of the original mask
     image: str  # names and SHA-256 of the sources
     image_sha256: str
     annotation: str
@@ -58,6 +76,19 @@ class Skipped(TypedDict):
     file: str
     reason: str
     remedy: str
+
+
+class _Manifest(BaseModel):
+    """A store's manifest, which may be a stranger's."""
+
+    format: int
+    # Names the copy on local disk, so it must not lead out of there.
+    key: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}$")]
+    label: str
+    size: tuple[Annotated[int, Field(ge=1, le=MAX_STORED_SIDE)], Annotated[int, Field(ge=1, le=MAX_STORED_SIDE)]]
+    bytes: int
+    samples: list[Sample]
+    skipped: list[Skipped]
 
 
 def area_resize(
@@ -112,18 +143,14 @@ class Store:
             network: whether it is on a network file system; found out if None.
 
         Raises:
-            InputDataError: no manifest, one of another version, or a data file of another size than it says.
+            InputDataError: no manifest, one of another version or not of a store, or a data file of another size than
+                it says.
         """
         self.directory = directory
-        content = read_json(manifest(directory))
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise InputDataError(f"{directory}: not a store of format {FORMAT}: {_MAKE_AGAIN}")
-        self.key: str = content["key"]
-        self.label: str = content["label"]
-        self.size: tuple[int, int] = (content["size"][0], content["size"][1])
-        self.samples: list[Sample] = content["samples"]
-        self.skipped: list[Skipped] = content["skipped"]
-        self._bytes: int = content["bytes"]
+        content = _read_manifest(directory)
+        self.key, self.label, self.size = content.key, content.label, content.size
+        self.samples, self.skipped = content.samples, content.skipped
+        self._bytes = content.bytes
         self._network = network
         data = store_data(directory)
         found = data.stat().st_size if data.is_file() else 0
@@ -146,7 +173,17 @@ class Store:
         """The mask at the image's own size: (height, width), bool, writable."""
         sample = self.samples[index]
         shape = sample["height"], sample["width"]
-        packed = np.frombuffer(zlib.decompress(self._read(index, "full").tobytes()), np.uint8)
+        expected = -(-shape[0] * shape[1] // 8)
+        inflate = zlib.decompressobj()
+        try:
+            # One byte more than there should be: a kilobyte can stand for a megabyte of zeros.
+            packed = np.frombuffer(inflate.decompress(self._read(index, "full").tobytes(), expected + 1), np.uint8)
+        except zlib.error:
+            packed = np.empty(0, np.uint8)
+        if len(packed) != expected:
+            raise InputDataError(
+                f"{self.directory}: the full mask of sample {sample['stem']} is damaged: {_MAKE_AGAIN}"
+            )
         return np.unpackbits(packed, count=shape[0] * shape[1]).view(np.bool_).reshape(shape)
 
     def verify(self) -> None:
@@ -170,21 +207,24 @@ class Store:
             raise IndexError(f"sample {index} of a store of {len(self.samples)}")
         if self._file is None:
             self._file = self._local_file()
-        with _environment(self._file).begin(buffers=True) as transaction:
-            data = transaction.get(record_key(index, part))
-            if data is None:
-                raise InputDataError(
-                    f"{self.directory}: sample {self.samples[index]['stem']} has no {part}: {_MAKE_AGAIN}"
-                )
-            return np.array(np.frombuffer(data, np.uint8))  # copied, because the buffer ends with the transaction
+        stem = self.samples[index]["stem"]
+        length = {"image": self.size[0] * self.size[1] * 3, "mask": self.size[0] * self.size[1]}.get(part)
+        try:
+            with _environment(self._file).begin(buffers=True) as transaction:
+                data = transaction.get(record_key(index, part))
+                if data is None or (length is not None and len(data) != length):
+                    found = "no" if data is None else f"{len(data)} instead of {length} bytes of"
+                    raise InputDataError(f"{self.directory}: sample {stem} has {found} {part}: {_MAKE_AGAIN}")
+                return np.array(np.frombuffer(data, np.uint8))  # copied, as the buffer ends with the transaction
+        except lmdb.Error as error:
+            raise InputDataError(f"{self.directory}: sample {stem} is not readable ({error}): {_MAKE_AGAIN}") from error
 
     def _local_file(self) -> Path:
         """The data file where LMDB may map it: on a network file system a node-local copy, read once in sequence."""
         data = store_data(self.directory)
         if not (on_network(self.directory) if self._network is None else self._network):
             return data.resolve()
-        cache = local_disk() / f"stas-{os.getuid()}"
-        cache.mkdir(mode=0o700, exist_ok=True)
+        cache = _cache()
         copy = cache.resolve() / f"{self.key}.mdb"
         with (cache / f"{self.key}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # all ranks of a node come at once, and one copy is enough
@@ -205,6 +245,7 @@ def open_store(workspace: Workspace, data: Data) -> Store:
 
     Raises:
         UsageError: there is none.
+        InputDataError: the pointer to it or the store is damaged.
     """
     pointer = workspace.dataset(data.label, data.size)
     if not pointer.is_file():
@@ -212,7 +253,11 @@ def open_store(workspace: Workspace, data: Data) -> Store:
             f"{pointer}: no store of label {data.label} at {data.size[0]} x {data.size[1]} pixels: "
             "run `stas preprocess` with the same --workspace, --recipe and --set"
         )
-    return Store(workspace.store(read_json(pointer)["store"]))
+    content = read_json(pointer)
+    key = content.get("store") if isinstance(content, dict) else None
+    if not isinstance(key, str) or Path(key).name != key:  # a path would lead out of the workspace
+        raise InputDataError(f"{pointer}: names no store ({shown(key)}): delete it and run `stas preprocess` again")
+    return Store(workspace.store(key))
 
 
 def point_to(workspace: Workspace, store: Store) -> None:
@@ -230,6 +275,29 @@ def points_to(pointer: Path, key: str) -> bool:
         return False
 
 
+def _read_manifest(directory: Path) -> _Manifest:
+    content: Any = read_json(manifest(directory))
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise InputDataError(f"{directory}: not a store of format {FORMAT}: {_MAKE_AGAIN}")
+    try:
+        read = _Manifest.model_validate(content)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise InputDataError(
+            f"{manifest(directory)}: {where} is {shown(problem['input'])}, {problem['msg']}: {_MAKE_AGAIN}"
+        ) from None
+    if len({sample["stem"] for sample in read.samples}) != len(read.samples):
+        raise InputDataError(f"{manifest(directory)}: two samples of one stem: {_MAKE_AGAIN}")
+    too_large = [sample for sample in read.samples if sample["height"] * sample["width"] > MAX_PIXELS]
+    if too_large:
+        raise InputDataError(
+            f"{manifest(directory)}: sample {too_large[0]['stem']} of {too_large[0]['height']} x "
+            f"{too_large[0]['width']} pixels, more than {MAX_PIXELS}: {_MAKE_AGAIN}"
+        )
+    return read
+
+
 _environments: dict[Path, tuple[int, lmdb.Environment]] = {}
 _opening = threading.Lock()
 
@@ -245,7 +313,16 @@ def _environment(file: Path) -> lmdb.Environment:
             return environment
         if environment is not None:
             environment.close()  # the parent's own stays open
-        environment = lmdb.open(str(file), subdir=False, readonly=True, lock=False, readahead=False)
+            del _environments[file]
+        try:
+            cache = _cache()
+        except OSError:  # nowhere to write: it is checked each time
+            cache = None
+        check_data_file(file, cache)
+        try:
+            environment = lmdb.open(str(file), subdir=False, readonly=True, lock=False, readahead=False)
+        except (lmdb.Error, OSError) as error:
+            raise InputDataError(f"{file}: not readable as a store's data ({error}): {_MAKE_AGAIN}") from error
         _environments[file] = (os.getpid(), environment)
         return environment
 
@@ -307,6 +384,13 @@ def local_disk() -> Path:
     directory = cache_directory() or Path(tempfile.gettempdir())
     directory.mkdir(parents=True, exist_ok=True)
     return directory
+
+
+def _cache() -> Path:
+    """This user's own directory on local disk."""
+    cache = local_disk() / f"stas-{os.getuid()}"
+    cache.mkdir(mode=0o700, exist_ok=True)
+    return cache
 
 
 def copy_file(source: Path, target: Path) -> None:
