@@ -23,6 +23,7 @@ CACHE = Path(os.environ.get("STAS_TEST_CACHE", Path.home() / ".cache" / "stas-te
 RUN_ROOT = Path("/run") / f"stas-tests-{hashlib.sha256(str(CACHE).encode()).hexdigest()[:8]}"
 IMAGE = "localhost/stas:test"
 USER = 10001
+SUITES = {(3, 11): "bookworm", (3, 13): "trixie"}  # the Debian that has this Python, whose torch the base gets
 # overlay, because `vfs` copies all layers for each new one.
 STORE = ["--root", str(CACHE / "store"), "--runroot", str(RUN_ROOT), "--storage-driver", "overlay"]
 # A sandbox may forbid to raise limits and to make networks.
@@ -72,6 +73,8 @@ def missing() -> str:
     """Why there can be no containers here; empty where there can."""
     if os.geteuid() != 0:
         return "containers are made as root"
+    if sys.version_info[:2] not in SUITES:
+        return f"no Debian has Python 3.{sys.version_info.minor}, whose torch the base would get"
     tools = [tool for tool in ("podman", "buildah", "debootstrap", "runc") if not shutil.which(tool)]
     return f"not installed: {', '.join(tools)}" if tools else ""
 
@@ -121,7 +124,7 @@ def writable(directory: Path) -> Path:
 
 def bare_base() -> str:
     """Name of an image of Debian with Python and pip."""
-    name = f"localhost/stas-debian:{_key(_debootstrap.__code__.co_consts)}"
+    name = f"localhost/stas-debian:{_key(SUITES[sys.version_info[:2]], _debootstrap.__code__.co_consts)}"
     with _lock():
         if podman("image", "exists", name, check=False).returncode:
             _commit(name, _debootstrap)
@@ -132,7 +135,8 @@ def with_torch(bare: str) -> str:
     """Name of the bare image with this environment's torch, and what else NVIDIA's images have."""
     packages = _closure(IN_BASE)
     versions = [f"{package.metadata['Name']}={package.version}" for package in packages]
-    name = f"localhost/stas-base:{_key(bare, versions, STAND_INS, CONSTRAINTS, NVIDIA_ENTRYPOINT)}"
+    content = [bare, versions, STAND_INS, CONSTRAINTS, NVIDIA_ENTRYPOINT, _add_torch.__code__.co_code]
+    name = f"localhost/stas-base:{_key(*content)}"
     with _lock():
         if podman("image", "exists", name, check=False).returncode:
             _commit(name, lambda root: _add_torch(root, packages), bare)
@@ -141,7 +145,7 @@ def with_torch(bare: str) -> str:
 
 def _debootstrap(root: Path) -> None:
     packages = "python3,python3-pip,ca-certificates"
-    options = ["--variant=minbase", f"--include={packages}", "bookworm"]
+    options = ["--variant=minbase", f"--include={packages}", SUITES[sys.version_info[:2]]]
     with tempfile.TemporaryDirectory(dir=CACHE) as directory:
         subprocess.run(["debootstrap", *options, directory, "http://deb.debian.org/debian"], check=True)
         shutil.rmtree(Path(directory) / "var" / "cache" / "apt")
@@ -154,13 +158,13 @@ def _add_torch(root: Path, packages: Sequence[Distribution]) -> None:
     for package in packages:
         for file in package.files or []:
             source = Path(str(package.locate_file(file))).resolve()
-            if ".." in file.parts or not source.is_file() or "__pycache__" in file.parts:
+            if ".." in file.parts or not source.is_file():
                 continue
             big = source.stat().st_size > 2**20
             if big and package.metadata["Name"].startswith(("nvidia-", "triton", "cuda-")) and source not in loaded:
                 continue
             (site / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, site / file)
+            shutil.copy2(source, site / file)  # with its time, which the bytecode knows
     for name, (version, needs) in STAND_INS.items():
         _stand_in(site, name, version, needs)
     constraint = root / "etc" / "pip" / "constraint.txt"

@@ -1,0 +1,337 @@
+"""The image: what goes into it, and every stage in real containers that may write nowhere but to their mounts."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from stas.errors import EXIT_OK, EXIT_RESUMABLE
+from stas.paths import Workspace
+from stas.progress import read_metrics
+from tests import containers
+from tests.conftest import TINY
+from tests.containers import podman, run_options
+
+ROOT = Path(__file__).parents[1]
+DOCKER = ROOT / "docker"
+TINY_RECIPES = ("one", "two")
+EPOCHS = 40  # of the run that is stopped: enough to be stopped in the midst of
+
+
+def _module() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docker_install", DOCKER / "install.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+install = _module()
+
+
+def requirements(*lines: str) -> list:
+    return install.read_requirements("\n".join(lines))
+
+
+def names(found: list) -> list[str]:
+    return [str(requirement) for requirement in found]
+
+
+# What install.py installs, with made inputs.
+
+
+def test_what_the_base_has_stays_at_whatever_version():
+    pins = requirements("numpy==2.5.5", "timm==1.0.31", "typing_extensions==4.16.0")
+    base = {"torch": "2.6.0a0+df5bbc0", "numpy": "1.26.4", "typing-extensions": "4.12"}
+    assert names(install.to_install(pins, base)) == ["timm==1.0.31"]
+
+
+def test_torch_and_what_belongs_to_its_build_are_never_installed_with_the_rest():
+    lines = ["torch==2.14.1", "torchvision==0.29.1", "triton==3.8.0", "nvidia-cublas==13.1", "cuda-bindings==13.5"]
+    pins = requirements(*lines, "nvidia-ml-py==13.6", "torchmetrics==1.8")
+    for base in ({"torch": "2.6.0a0"}, {}):  # with its own torch, and the CPU variant without one
+        assert names(install.to_install(pins, base)) == ["nvidia-ml-py==13.6", "torchmetrics==1.8"]
+
+
+def test_the_constraints_of_the_base_decide_versions():
+    pins = requirements("einops==0.8.2", "timm==1.0.31")
+    assert names(install.to_install(pins, {}, requirements("Einops==0.8.1", "torch==2.6.0"))) == [
+        "einops",
+        "timm==1.0.31",
+    ]
+
+
+def test_lines_for_another_python_or_platform_and_comments_are_left_out():
+    text = (
+        "# made by uv\n--index-url https://example.org\n"
+        "tomli==2.5.0 ; python_full_version < '3.9'\n"
+        "six==1.17.0 ; sys_platform == 'win32'\n"
+        "pillow==13.0.0 ; python_full_version >= '3.9'\n"
+        "tqdm==4.70.1  # why\n"
+    )
+    assert [requirement.name for requirement in install.read_requirements(text)] == ["pillow", "tqdm"]
+
+
+def test_a_package_of_the_base_that_is_too_old_is_replaced_but_never_torch():
+    pins = requirements("kiwisolver==1.5.1", "torch==2.14.1", "tqdm==4.70.1")
+    complaints = {
+        "matplotlib 3.11.2 has requirement kiwisolver>=1.3.1, but you have kiwisolver 0.1.",
+        "monai 1.6.1 has requirement torch>=2.8.0, but you have torch 2.6.0a0.",
+        "tqdm 4.70.1 requires colorama, which is not installed.",
+    }
+    assert names(install.to_replace(complaints, pins)) == ["kiwisolver==1.5.1"]
+
+
+def test_what_the_project_needs_is_complained_of_in_the_words_of_pip():
+    needs = requirements("torch>=2.6.0a0", "numpy>=1.26", "lmdb>=1.4")
+    assert install.unmet(needs, {"torch": "2.6.0a0+df5bbc0", "numpy": "1.25.2"}) == {
+        "stas has requirement numpy>=1.26, but you have numpy 1.25.2.",
+        "stas requires lmdb>=1.4, which is not installed.",
+    }
+    assert "numpy" in str(install.to_replace(install.unmet(needs, {"numpy": "1"}), requirements("numpy==2.0")))
+
+
+@pytest.mark.parametrize("lock", ["requirements.lock", "docker/v100.lock"])
+def test_a_lock_has_all_that_the_project_needs(lock: str):
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    pins = {pin.name: next(iter(pin.specifier)).version for pin in requirements(*(ROOT / lock).read_text().split("\n"))}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found = {install.canonicalize_name(name): version for name, version in pins.items()}
+    assert install.unmet(requirements(*project["dependencies"]), found) == set()
+    assert not {"pytest", "ruff", "pyright"} & set(found), "tools of developers have no place in the image"
+
+
+def test_the_v100_lock_fits_its_base():
+    lock = {pin.name: str(pin.specifier) for pin in requirements(*(DOCKER / "v100.lock").read_text().split("\n"))}
+    assert lock["torch"] == "==2.6.0" and lock["numpy"].startswith("==1.26")
+    assert lock["monai"].startswith("==1.5"), "1.6 needs a torch of 2.8"
+
+
+# Entry point and linters.
+
+
+def test_the_entry_point_sets_every_cache_and_becomes_python(tmp_path: Path):
+    python = tmp_path / "python3"
+    python.write_text('#!/bin/sh\necho "$$" "$@"; env\n')
+    python.chmod(0o755)
+    workspace = tmp_path / "ws"
+    clean = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "STAS_WORKSPACE": str(workspace), "HOME": "/nowhere"}
+    with subprocess.Popen(["sh", DOCKER / "entrypoint.sh", "vote", "a b"], env=clean, stdout=subprocess.PIPE) as entry:
+        assert entry.stdout
+        first, *rest = entry.stdout.read().decode().splitlines()
+    assert first == f"{entry.pid} -m stas launch vote a b", "not the process that gets the signals"
+    found = dict(line.split("=", 1) for line in rest if "=" in line)
+    caches = ("HOME", "XDG_CACHE_HOME", "HF_HOME", "TORCH_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    for name in (*caches, "MPLCONFIGDIR"):
+        assert Path(found[name]).is_relative_to(workspace / ".cache"), name
+    assert found["USER"] == "stas"
+
+
+def test_dockerfile_and_scripts_are_clean():
+    tools = Path(sys.executable).parent
+    scripts = [DOCKER / "entrypoint.sh", DOCKER / "stas", DOCKER / "run"]
+    for command in ([tools / "hadolint", DOCKER / "Dockerfile"], [tools / "shellcheck", *scripts]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_image_is_told_apart_by_its_bases():
+    dockerfile, makefile = (DOCKER / "Dockerfile").read_text(), (ROOT / "Makefile").read_text()
+    current, v100 = (re.search(rf"#   {name}.*?(nvcr\S+:\S+-py3)", dockerfile) for name in ("A100", "V100"))
+    assert current and v100 and f"ARG BASE_IMAGE={current[1]}\n" in dockerfile
+    assert v100[1] in makefile and v100[1] in (ROOT / "stas" / "doctor.py").read_text()
+
+
+# Real images and containers.
+
+
+@pytest.fixture(scope="module")
+def inspected(image: str) -> dict:
+    return json.loads(podman("image", "inspect", image).stdout)[0]
+
+
+@pytest.fixture(scope="module")
+def chain(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path, str]]:
+    """Data, workspace and output of `make run-local`: all stages, without network, on a root that cannot be written."""
+    from scripts.make_sample import make_sample
+
+    root = tmp_path_factory.mktemp("containers")
+    make_sample(root / "data", images=10, seed=1, scale=0.3)
+    workspace = containers.writable(root / "workspace")
+    for seed, name in enumerate(TINY_RECIPES):
+        recipe = TINY | {"name": name, "train": TINY["train"] | {"seed": seed}}
+        (workspace / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    long = TINY | {"name": "long", "train": TINY["train"] | {"epochs": EPOCHS}}
+    (workspace / "long.yaml").write_text(yaml.safe_dump(long))
+    members = {"members": [f"{name}.yaml" for name in TINY_RECIPES], "ties": "background"}
+    (workspace / "tiny.yaml").write_text(yaml.safe_dump(members))
+    variables = {
+        "DATA": root / "data",
+        "WORKSPACE": workspace,
+        "ENSEMBLE": "/workspace/tiny.yaml",
+        "PREDICT": "Train_Images",
+        "IMAGE": image,
+        "ENGINE": " ".join(["podman", *containers.STORE]),
+        "ENGINE_FLAGS": "--network none --read-only-tmpfs=false --env OMP_NUM_THREADS=1",
+    }
+    command = ["make", "run-local", *(f"{name}={value}" for name, value in variables.items())]
+    done = subprocess.run(
+        command, cwd=ROOT, env=containers.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    yield root / "data", workspace, done.stdout
+
+
+@pytest.mark.cluster
+def test_all_stages_end_in_a_voted_mask_for_each_image(chain: tuple[Path, Path, str]):
+    data, workspace, output = chain
+    sizes = {path.stem: Image.open(path).size for path in (data / "Train_Images").iterdir()}
+    for name in (*TINY_RECIPES, "vote"):
+        masks = {path.stem: path for path in (workspace / "predictions" / name).glob("*.png")}
+        assert {stem: Image.open(path).size for stem, path in masks.items()} == sizes
+        assert all(set(np.unique(np.asarray(Image.open(path)))) <= {0, 255} for path in masks.values())
+    assert (workspace / "report" / "scores.csv").is_file()
+    assert "vote-held-out" in output
+    assert output.count("stands for NVIDIA's entry point") == 10  # 1 preprocess, 2 x 3 of members, 2 votes, evaluate
+    owners = {path.stat().st_uid for path in (workspace / "predictions").rglob("*")}
+    assert owners == {containers.USER}
+
+
+@pytest.mark.cluster
+def test_the_torch_of_the_base_is_untouched(image: str, base_image: str):
+    code = (
+        "import hashlib, pathlib, torch; root = pathlib.Path(torch.__file__).parent;"
+        "files = [root / 'version.py', *sorted(root.glob('*.so'))];"
+        "print(torch.__version__, root, *(hashlib.sha256(f.read_bytes()).hexdigest() for f in files))"
+    )
+    before, after = (
+        podman("run", "--rm", "--entrypoint", "python3", name, "-c", code).stdout for name in (base_image, image)
+    )
+    assert before == after
+    changed = podman("image", "diff", image, base_image).stdout
+    assert "/monai/" in changed  # the list is not empty
+    assert not re.search(r"dist-packages/(torch|torchvision|triton|nvidia|numpy)(/|-\d)", changed)
+
+
+@pytest.mark.cluster
+def test_packages_fit_and_the_constraints_of_the_base_hold(image: str):
+    code = "from importlib.metadata import version as v; print(v('einops'), v('kiwisolver'), v('nvidia-ml-py'))"
+    script = f'python3 -m pip check; python3 -c "{code}"; python3 -m pip config list; echo $PIP_CONSTRAINT'
+    lines = podman("run", "--rm", "--entrypoint", "sh", image, "-c", script).stdout.splitlines()
+    assert lines[0] == "broken-before 1.0 requires surely-not-there, which is not installed."
+    einops, kiwisolver, _ = lines[1].split()
+    assert einops == containers.CONSTRAINTS["einops"]
+    assert kiwisolver != containers.STAND_INS["kiwisolver"][0], "too old for matplotlib"
+    assert lines[-1] == "/etc/pip/constraint.txt"
+
+
+@pytest.mark.cluster
+def test_packages_that_do_not_fit_fail_the_build(image: str, tmp_path: Path):
+    containers.writable(tmp_path)
+    (tmp_path / "pyproject.toml").write_text('[project]\ndependencies = ["torch>=99"]\n')
+    shutil.copy(ROOT / "requirements.lock", tmp_path)
+    options = ["--rm", "--user", "0", "--entrypoint", "python3", "--volume", f"{tmp_path}:/new:ro", image]
+    arguments = ["--project", "/new/pyproject.toml", "--lock", "/new/requirements.lock", "--torch-index", "none"]
+    done = podman("run", *options, "/opt/stas/install.py", *arguments, check=False)
+    assert done.returncode == 1
+    assert "stas has requirement torch>=99, but you have torch" in done.stderr
+    assert "broken-before" not in done.stderr
+
+
+@pytest.mark.cluster
+def test_user_labels_and_entry_point(inspected: dict, base_image: str):
+    settings = inspected["Config"]
+    assert settings["User"] == f"{containers.USER}:{containers.USER}"
+    assert settings["Entrypoint"] == ["/usr/local/bin/entrypoint.sh"]
+    assert settings["WorkingDir"] == "/workspace"
+    assert "STAS_WORKSPACE=/workspace" in settings["Env"]
+    labels = {key.removeprefix("org.opencontainers.image."): value for key, value in settings["Labels"].items()}
+    assert labels["title"] == "stas" and labels["licenses"] == "MIT" and labels["base.name"] == base_image
+    assert {"source", "version", "revision"} <= set(labels)
+
+
+@pytest.mark.cluster
+def test_any_user_with_an_unwritable_home(image: str, chain: tuple[Path, Path, str], tmp_path: Path):
+    workspace = containers.writable(tmp_path / "workspace")
+    os.chown(workspace, 4321, 4321)  # no line in /etc/passwd
+    options = [*run_options(chain[0], workspace), "--user", "4321:4321", "--env", "HOME=/nowhere"]
+    training = ["--images", "/data/Train_Images", "--annotations", "/data/Train_Annotations"]
+    podman("run", *options, image, "preprocess", "--recipe", "lite0", "--set", "data.size=64", *training)
+    assert {path.stat().st_uid for path in workspace.rglob("*")} == {4321}
+    assert (workspace / ".cache").is_dir()
+
+
+@pytest.mark.cluster
+def test_a_workspace_that_cannot_be_written_is_said(image: str, chain: tuple[Path, Path, str], tmp_path: Path):
+    workspace = containers.writable(tmp_path / "workspace")
+    os.chown(workspace, 0, 0)
+    done = podman("run", *run_options(chain[0], workspace), image, "recipes")
+    assert "user 10001:10001" in done.stderr and "mount it writable" in done.stderr
+    assert "ensemble small" in done.stdout  # what needs no workspace works
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_ends_training_with_75_and_the_same_command_goes_on(
+    image: str, chain: tuple[Path, Path, str], processes: int
+):
+    data, workspace, _ = chain
+    run = f"long{processes}"
+    name = f"stas-test-{run}-{os.getpid()}"
+    options = [option for option in run_options(data, workspace) if option != "--rm"]
+    train = ["--processes", processes, "train", "--recipe", "/workspace/long.yaml", "--run", run]
+    metrics = Workspace(workspace).run(run).metrics
+    podman("run", "--detach", "--name", name, *options, image, *train)
+    try:
+        deadline = time.monotonic() + 120
+        while not (metrics.is_file() and len(read_metrics(metrics)) >= 2):
+            assert time.monotonic() < deadline, podman("logs", name).stderr
+            time.sleep(0.2)
+        first = podman("exec", name, "cat", "/proc/1/cmdline").stdout.split("\0")
+        assert first[1:4] == ["-m", "stas", "launch"], "Python is not the process that gets the signal"
+        begun = time.monotonic()
+        podman("stop", "--time", 120, name)
+        assert time.monotonic() - begun < 60
+        assert podman("wait", name).stdout.strip() == str(EXIT_RESUMABLE), podman("logs", name).stderr
+    finally:
+        podman("rm", "--force", name, check=False)
+    stopped = len(read_metrics(metrics))
+    assert 2 <= stopped < EPOCHS
+    done = podman("run", *run_options(data, workspace), image, *train)
+    assert done.returncode == EXIT_OK
+    assert f"{processes} ranks" in done.stderr
+    assert f"going on after epoch {stopped}" in done.stderr
+    assert [row["epoch"] for row in read_metrics(metrics)] == list(range(1, EPOCHS + 1))
+
+
+@pytest.mark.cluster
+def test_a_code_change_leaves_the_packages_layer(image: str, inspected: dict, base_image: str, tmp_path: Path):
+    for part in ("docker", "stas"):
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for part in ("pyproject.toml", "requirements.lock", ".dockerignore"):
+        shutil.copy2(ROOT / part, tmp_path)
+    with (tmp_path / "stas" / "cli.py").open("a") as file:
+        file.write(f"# changed {time.time()}\n")
+    name = "localhost/stas:changed"
+    containers.build(tmp_path, base_image, name)
+    layers = {
+        key: json.loads(podman("image", "inspect", key).stdout)[0]["RootFS"]["Layers"]
+        for key in (image, base_image, name)
+    }
+    podman("image", "rm", name)
+    same = sum(1 for old, new in zip(layers[image], layers[name], strict=True) if old == new)
+    # lock, needs, packages, scripts; then the code and its bytecode
+    assert same == len(layers[base_image]) + 4
+    assert len(layers[name]) >= same + 2
