@@ -4,14 +4,18 @@ A training checkpoint holds network and optimiser; the best one holds the networ
 because every random draw is a function of seed, epoch, step and index. Loading one executes nothing.
 """
 
+import hashlib
 import json
 import logging
 import os
+import re
+import zlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,10 +25,14 @@ from torch.optim import Optimizer
 
 from stas.errors import InputDataError
 from stas.files import atomic_write
+from stas.locks import Lock
 from stas.paths import RunPaths
 
 log = logging.getLogger(__name__)
-FORMAT = 2
+FORMAT = 3
+NO_SUM = b'"crc32":"00000000"'  # in the header; the checksum is that of the whole file with this in its place
+LONGEST_HEADER = 100_000_000  # bytes, as safetensors itself has it
+BLOCK = 1 << 20
 NETWORK, OPTIMIZER = "network.", "optimizer."  # prefixes of the tensors' names
 
 
@@ -35,6 +43,7 @@ class Checkpoint:
     facts: dict[str, Any]  # recipe, position, scores; see stas.train
     network: dict[str, Tensor]
     optimizer: dict[str, Tensor | float]  # by "<parameter index>.<key>"; empty in the best checkpoint
+    sha256: str  # of the file
 
 
 @dataclass(frozen=True)
@@ -68,8 +77,13 @@ def take_snapshot(network: nn.Module, facts: Mapping[str, Any], optimizer: Optim
 def save_checkpoint(path: Path, snapshot: Snapshot) -> None:
     """Write a checkpoint atomically."""
     facts = {"format": FORMAT, "facts": dict(snapshot.facts), "optimizer": snapshot.scalars}
+    content = save(snapshot.tensors, {"stas": json.dumps(facts), "crc32": "00000000"})
+    head = content[: 8 + int.from_bytes(content[:8], "little")]
+    # Quotes within the facts are escaped, so this stands only once in the header.
+    summed = head.replace(NO_SUM, NO_SUM.replace(b"00000000", b"%08x" % zlib.crc32(content)))
     with atomic_write(path) as file:
-        file.write(save(snapshot.tensors, {"stas": json.dumps(facts)}))
+        file.write(summed)
+        file.write(memoryview(content)[len(head) :])
 
 
 def save_last(run: RunPaths, snapshot: Snapshot) -> None:
@@ -85,10 +99,14 @@ def save_last(run: RunPaths, snapshot: Snapshot) -> None:
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints in a thread, one at a time, while training goes on."""
+    """Writes a run's checkpoints in a thread, one at a time, while training goes on.
 
-    def __init__(self, run: RunPaths) -> None:
+    With the run's lock it stops before it writes over what another process has made meanwhile.
+    """
+
+    def __init__(self, run: RunPaths, held: Lock | None = None) -> None:
         self._run = run
+        self._held = held
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
 
@@ -104,6 +122,8 @@ class CheckpointWriter:
             self._writing = None
 
     def _write(self, snapshot: Snapshot, best: bool) -> None:
+        if self._held:
+            self._held.check()
         if best:
             save_checkpoint(self._run.checkpoint("best"), snapshot.network_only())
         save_last(self._run, snapshot)
@@ -118,22 +138,32 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if not path.is_file():
         raise InputDataError(f"{path}: no such checkpoint; train the run first, or name another with --run")
     try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {})["stas"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        while True:
+            with open(path, "rb") as file, safe_open(path, "pt") as opened:
+                header = json.loads((opened.metadata() or {})["stas"])
+                if header["format"] != FORMAT:
+                    raise InputDataError(f"{path}: checkpoint format {header['format']}, this version reads {FORMAT}")
+                facts, scalars = dict(header["facts"]), dict(header["optimizer"])
+                sha256 = _checked_sum(file)
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    break  # else training has put a newer one there meanwhile
+    except InputDataError:
+        raise
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError, OSError) as error:
         raise InputDataError(
             f"{path}: not a readable checkpoint of stas ({error}): use another, or train again"
         ) from error
-    if header["format"] != FORMAT:
-        raise InputDataError(f"{path}: checkpoint format {header['format']}, this version reads {FORMAT}")
-    optimizer = {**_with_prefix(tensors, OPTIMIZER), **header["optimizer"]}
-    return Checkpoint(header["facts"], _with_prefix(tensors, NETWORK), optimizer)
+    optimizer = {**_with_prefix(tensors, OPTIMIZER), **scalars}
+    return Checkpoint(facts, _with_prefix(tensors, NETWORK), optimizer, sha256)
 
 
 def load_newest(run: RunPaths) -> Checkpoint | None:
-    """The newest checkpoint to resume from, or the one before where it is damaged; None where there is none."""
-    damaged = None
+    """The newest checkpoint to resume from, or the one before where it is damaged; None where there is none.
+
+    A damaged one gets another name, so that it does not take the place of the good one at the next save.
+    """
+    damaged: dict[Path, InputDataError] = {}
     for which in ("next", "last", "previous"):
         path = run.checkpoint(which)
         if not path.exists():
@@ -141,14 +171,16 @@ def load_newest(run: RunPaths) -> Checkpoint | None:
         try:
             checkpoint = load_checkpoint(path)
         except InputDataError as error:
-            damaged = error
-            log.warning("%s", error)
+            damaged[path] = error
             continue
-        if damaged:
-            log.warning("going on from %s instead", path)
+        for bad, error in damaged.items():
+            aside = bad.with_suffix(".damaged")
+            log.warning("%s. Going on from %s instead; the damaged one is kept as %s", error, path, aside.name)
+            with suppress(OSError):  # all ranks try; or the volume is read-only, and the next write will say so
+                bad.rename(aside)
         return checkpoint
-    if damaged:
-        raise damaged
+    for error in damaged.values():
+        raise error
     return None
 
 
@@ -163,6 +195,27 @@ def restore_optimizer(optimizer: Optimizer, saved: Mapping[str, Tensor | float])
             value = torch.empty_like(like, dtype=value.dtype).copy_(value)
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _checked_sum(file: BinaryIO) -> str:
+    """The SHA-256 of a checkpoint file, whose own checksum is compared with its content.
+
+    Raises:
+        ValueError: they differ, or there is none.
+    """
+    size = file.read(8)
+    header = file.read(min(int.from_bytes(size, "little"), LONGEST_HEADER))
+    found = re.search(NO_SUM.replace(b"00000000", b"([0-9a-f]{8})"), header)
+    if not found:
+        raise ValueError("no checksum in its header")
+    crc = zlib.crc32(size + header[: found.start()] + NO_SUM + header[found.end() :])
+    digest = hashlib.sha256(size + header)
+    while block := file.read(BLOCK):
+        crc = zlib.crc32(block, crc)
+        digest.update(block)
+    if crc != int(found[1], 16):
+        raise ValueError(f"damaged: its checksum is {crc:08x}, and was {found[1].decode()} when it was written")
+    return digest.hexdigest()
 
 
 def _copy(value: Tensor) -> Tensor:

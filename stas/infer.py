@@ -76,7 +76,7 @@ def infer(
         files = _held_out(files, loaded.facts["validation"], images)
     key = {
         "run": run,
-        "checkpoint": sha256(path),
+        "checkpoint": loaded.sha256,
         "tta": recipe.infer.tta if tta is None else tta,
         "threshold": recipe.infer.threshold if threshold is None else threshold,
         "probabilities": probabilities,

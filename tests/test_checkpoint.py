@@ -1,12 +1,24 @@
 import json
+import os
 
 import pytest
 import torch
 from torch import nn
 
-from stas.checkpoint import load_checkpoint, load_newest, restore_optimizer, save_checkpoint, save_last, take_snapshot
+from stas import checkpoint, paths
+from stas.checkpoint import (
+    CheckpointWriter,
+    load_checkpoint,
+    load_newest,
+    restore_optimizer,
+    save_checkpoint,
+    save_last,
+    take_snapshot,
+)
 from stas.config import Optimizer
-from stas.errors import InputDataError
+from stas.errors import InputDataError, StoppedEarly
+from stas.files import sha256
+from stas.locks import lock
 from stas.optim import build_optimizer
 from stas.paths import RunPaths
 
@@ -59,20 +71,85 @@ def test_the_last_and_the_one_before_are_kept(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
+def flipped(content: bytes, position: float) -> bytes:
+    """One bit of it the other way, at a share of its length."""
+    index = int(position * len(content))
+    return content[:index] + bytes([content[index] ^ 0b100]) + content[index + 1 :]
+
+
+DAMAGES = {
+    "truncated": lambda content: content[:-9],
+    "empty": lambda _: b"",
+    "text": lambda _: b"hello, I am a text",
+    "zeros": lambda content: content[:-100] + bytes(100),  # what some file systems leave after a power cut
+    **{
+        f"bit flipped at {part}": lambda content, part=part: flipped(content, part)
+        for part in (0, 0.001, 0.1, 0.5, 0.9, 0.9999)
+    },
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_last_falls_back_to_the_one_before(tmp_path, damage, caplog):
     run = RunPaths(tmp_path)
     network, optimizer = trained()
     for epoch in range(2):
         save_last(run, take_snapshot(network, {"epoch": epoch}, optimizer))
     last = run.checkpoint("last")
-    last.write_bytes({"truncated": last.read_bytes()[:-9], "empty": b"", "text": b"hello, I am a text"}[damage])
+    bad = DAMAGES[damage](last.read_bytes())
+    last.write_bytes(bad)
     newest = load_newest(run)
     assert newest is not None and newest.facts == {"epoch": 0}
-    assert "last.safetensors" in caplog.text and "previous.safetensors" in caplog.text
-    run.checkpoint("previous").write_bytes(b"")
-    with pytest.raises(InputDataError, match="not a readable checkpoint"):
+    (warning,) = caplog.records
+    assert all(str(run.checkpoint(which)) in warning.getMessage() for which in ("last", "previous"))
+    assert (last.parent / "last.damaged").read_bytes() == bad
+    save_last(run, take_snapshot(network, {"epoch": 1}, optimizer))
+    assert load_checkpoint(run.checkpoint("previous")).facts == {"epoch": 0}  # the damaged one did not push it out
+    for which in ("last", "previous"):
+        run.checkpoint(which).write_bytes(b"")
+    with pytest.raises(InputDataError, match=r"last.safetensors: not a readable checkpoint"):
         load_newest(run)
+
+
+def test_every_flipped_bit_is_found(tmp_path):
+    path = tmp_path / "a.safetensors"
+    network, _ = trained()
+    save_checkpoint(path, take_snapshot(network, {"epoch": 1}))
+    content = path.read_bytes()
+    assert load_checkpoint(path).sha256 == sha256(path)
+    for position in range(0, len(content), 7):
+        path.write_bytes(flipped(content, position / len(content)))
+        with pytest.raises(InputDataError, match="not a readable checkpoint"):
+            load_checkpoint(path)
+
+
+def test_a_checkpoint_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    network, _ = trained()
+    for name, epoch in (("b", 2), ("a", 1)):
+        save_checkpoint(tmp_path / f"{name}.safetensors", take_snapshot(network, {"epoch": epoch}))
+    summed = checkpoint._checked_sum
+
+    def replace(file):
+        result = summed(file)
+        if (tmp_path / "b.safetensors").exists():
+            os.replace(tmp_path / "b.safetensors", path)
+        return result
+
+    monkeypatch.setattr(checkpoint, "_checked_sum", replace)
+    loaded = load_checkpoint(path)
+    assert (loaded.facts, loaded.sha256) == ({"epoch": 2}, sha256(path))
+
+
+def test_a_writer_that_lost_the_runs_lock_writes_nothing(tmp_path):
+    run = RunPaths(tmp_path / "run")
+    network, optimizer = trained()
+    with pytest.raises(StoppedEarly, match="lost its lock"), lock(paths.lock(run.root)) as held:
+        writer = CheckpointWriter(run, held)
+        held.path.unlink()
+        writer.write(take_snapshot(network, {"epoch": 1}, optimizer), best=True)
+        writer.wait()
+    assert not run.root.exists()
 
 
 def test_cut_off_between_the_renames_goes_on_from_the_newest(tmp_path):
