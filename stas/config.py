@@ -11,15 +11,26 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from stas.errors import UsageError
+from stas.errors import InputDataError, UsageError
+from stas.untrusted import MAX_YAML_BYTES, parse_yaml, read_bounded, shown
 
 RECIPES = Path(__file__).parent / "recipes"
+PROBLEMS_SHOWN = 20  # of a recipe; a file that is something else has thousands
+# Arguments of timm's create_model and smp's encoders that say where weights come from: model.weights alone does.
+_WEIGHT_SOURCES = {
+    "encoder_weights",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "checkpoint_path",
+    "cache_dir",
+}
 
 
 class Section(BaseModel):
     """A part of a recipe: immutable, and closed to keys it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Split(Section):
@@ -101,6 +112,13 @@ class Model(Section):
             raise ValueError("MONAI networks have no encoder and no pretrained weights: set both to null")
         if self.library == "smp" and not self.encoder:
             raise ValueError("an smp architecture needs an encoder, such as resnet34 or tu-tf_efficientnet_lite0")
+        if set(self.encoder or "") & {":", "/", "\\"}:  # timm takes tu-hf-hub:... and tu-local-dir:... for sources
+            raise ValueError(
+                f"encoder {self.encoder!r} is a place, not a name: give timm's name of a model, as tu-<name>"
+            )
+        if self.options.keys() & _WEIGHT_SOURCES:
+            named = ", ".join(sorted(self.options.keys() & _WEIGHT_SOURCES))
+            raise ValueError(f"options may not say where weights come from ({named}): use model.weights")
         return self
 
 
@@ -239,16 +257,29 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     path = RECIPES / f"{name}.yaml" if name in recipe_names() else Path(name)
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
         raise UsageError(f"no recipe {name!r}: give a YAML file, or one of {', '.join(recipe_names())}")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"{path}: not readable as YAML ({error})") from error
+    values = read_yaml(path)
     if not isinstance(values, dict):
-        raise UsageError(f"{path}: a recipe is a mapping of sections, found {type(values).__name__}")
+        raise UsageError(f"{path}: a recipe is a mapping of sections, found {type(values).__name__}: see stas/recipes")
     values.setdefault("name", path.stem)
     for override in overrides:
         _apply(values, override)
     return parse_recipe(values, str(path))
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file of plain values holds (see `parse_yaml`).
+
+    Raises:
+        UsageError: not readable, or not such a file.
+    """
+    try:
+        return parse_yaml(read_bounded(path, MAX_YAML_BYTES))
+    except InputDataError as error:
+        raise UsageError(str(error)) from error
+    except ValueError as error:
+        raise UsageError(
+            f"{path}: not readable as YAML ({error}): correct it, or begin with a copy of another"
+        ) from error
 
 
 def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
@@ -260,8 +291,7 @@ def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        problems = "\n".join(f"  {_explain(problem)}" for problem in error.errors())
-        raise UsageError(f"{source}: not a valid recipe:\n{problems}") from error
+        raise UsageError(f"{source}: not a valid recipe:\n{explain(error, Recipe)}") from None  # it repeats the input
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -303,21 +333,28 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise UsageError(f"--set {override!r}: {section!r} is a value, not a section")
     try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        values[last] = parse_yaml(text)
+    except ValueError as error:
         raise UsageError(f"--set {override!r}: the value is not readable as YAML ({error})") from error
 
 
-def _explain(problem: Any) -> str:
+def explain(error: ValidationError, model: type[Section]) -> str:
+    """The problems that pydantic found in a file, one in a line."""
+    found = error.errors(include_url=False, include_context=False)
+    more = [f"  and {len(found) - PROBLEMS_SHOWN} more"] if len(found) > PROBLEMS_SHOWN else []
+    return "\n".join([f"  {_explain(problem, model)}" for problem in found[:PROBLEMS_SHOWN]] + more)
+
+
+def _explain(problem: Any, model: type[Section]) -> str:
     """One pydantic problem as 'key = value: requirement'."""
-    location = [str(part) for part in problem["loc"]]
-    key = ".".join(location) or "recipe"
+    *sections, last = problem["loc"] or ("recipe",)
+    key = ".".join([*map(str, sections), last if isinstance(last, str) and len(last) < 60 else shown(last)])
     if problem["type"] == "extra_forbidden":
-        section: Any = Recipe
-        for part in location[:-1]:
+        section: Any = model
+        for part in sections:
             section = section.model_fields[part].annotation
         return f"{key}: unknown key; valid here: {', '.join(section.model_fields)}"
     message = problem["msg"].removeprefix("Value error, ")
     if isinstance(problem["input"], dict):
         return f"{key}: {message}"
-    return f"{key} = {problem['input']!r}: {message}"
+    return f"{key} = {shown(problem['input'])}: {message}"

@@ -1,21 +1,22 @@
 """Ensembles: the one list of the recipes that are trained together and vote together."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from pydantic import Field, ValidationError
 
-from stas.config import Recipe, Section, load_recipe, recipe_names
+from stas.config import Recipe, Section, explain, load_recipe, read_yaml, recipe_names
 from stas.errors import UsageError
+from stas.untrusted import shown
 
 ENSEMBLES = Path(__file__).parent / "ensembles"
 
 
 class _File(Section):
-    members: list[str] = Field(min_length=2)
+    members: list[str] = Field(min_length=2, max_length=100)
     ties: Literal["foreground", "background"] | None = None
 
 
@@ -50,13 +51,14 @@ def load_ensemble(name: str, overrides: Sequence[str] = ()) -> Ensemble:
     path = ENSEMBLES / f"{name}.yaml" if name in ensemble_names() else Path(name)
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
         raise UsageError(f"no ensemble {name!r}: give a YAML file, or one of {', '.join(ensemble_names())}")
+    values = read_yaml(path)
     try:
-        file = _File.model_validate(yaml.safe_load(path.read_text()))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValidationError) as error:
+        file = _File.model_validate(values)
+    except ValidationError as error:
         raise UsageError(
-            f"{path}: not an ensemble ({error}): write a list `members` of at least two recipes and, for an even "
-            "number of them, `ties: background` or `ties: foreground`"
-        ) from error
+            f"{path}: not an ensemble:\n{explain(error, _File)}\nWrite a list `members` of at least two recipes and, "
+            "for an even number of them, `ties: background` or `ties: foreground`"
+        ) from None
     recipes = tuple(load_recipe(_recipe(member, path), overrides) for member in file.members)
     names = [recipe.name for recipe in recipes]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -80,5 +82,13 @@ def load_member(name: str, index: int, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _recipe(member: str, ensemble: Path) -> str:
-    """A packaged recipe's name as it is; a path relative to the ensemble's file."""
-    return member if member in recipe_names() else str(ensemble.parent / member)
+    """A packaged recipe's name as it is; a path relative to the ensemble's file, and not out of its directory."""
+    if member in recipe_names():
+        return member
+    inside = ensemble.parent.resolve()
+    if not Path(os.path.normpath(inside / member)).is_relative_to(inside):
+        raise UsageError(
+            f"{ensemble}: member {shown(member)} is outside of the ensemble's directory: "
+            "put the recipe beside or below it"
+        )
+    return str(ensemble.parent / member)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from stas.errors import InputDataError
-from stas.untrusted import MAX_JSON_BYTES, parse_json, read_bounded
+from stas.untrusted import MAX_JSON_BYTES, check_file, parse_json, read_bounded
 
 
 @contextmanager
@@ -142,8 +143,9 @@ def read_json(path: Path) -> Any:
         raise InputDataError(f"{path}: not readable as JSON ({error}): restore it, or make it again") from error
 
 
-def sha256(path: Path) -> str:
-    """The file's SHA-256 in hexadecimal."""
+def sha256(path: Path, most: int = sys.maxsize) -> str:
+    """The file's SHA-256 in hexadecimal; raise InputDataError where it is no regular file of at most `most` bytes."""
+    check_file(path, most)
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

@@ -11,6 +11,9 @@ from pathlib import Path
 from stas.config import Split
 from stas.errors import UsageError
 from stas.store import Sample
+from stas.untrusted import read_bounded, shown
+
+MAX_LIST_BYTES = 16 * 1024 * 1024
 
 
 def split_samples(samples: Sequence[Sample], split: Split) -> tuple[list[int], list[int]]:
@@ -69,8 +72,8 @@ def _draw(seed: int, stem: str) -> bytes:
 def _listed(file: Path, known: set[str]) -> set[str]:
     """The stems in a list file, one a line; empty lines and lines that begin with # are passed over."""
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = [line.strip() for line in read_bounded(file, MAX_LIST_BYTES).decode("utf-8").splitlines()]
+    except ValueError as error:
         raise UsageError(
             f"data.split.file {file}: not readable ({error}): give a UTF-8 text file, one stem a line"
         ) from error
@@ -79,6 +82,7 @@ def _listed(file: Path, known: set[str]) -> set[str]:
     if unknown:
         raise UsageError(
             f"data.split.file {file}: {len(unknown)} of {len(stems)} stems are not in the store "
-            f"({', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}): write one stem a line, without suffix"
+            f"({', '.join(map(shown, unknown[:5]))}{', ...' if len(unknown) > 5 else ''}): "
+            "write one stem a line, without suffix"
         )
     return stems

@@ -74,6 +74,11 @@ def test_unknown_keys_are_refused_with_the_valid_ones():
         ("train", "write key=value"),
         ("train.batch.size=3", "is a value, not a section"),
         ("train.batch=[", "not readable as YAML"),
+        ("train.batch=2001-99-99", "not readable as YAML"),
+        ("optimizer.lr=.nan", "optimizer.lr = nan: "),
+        ("optimizer.lr=.inf", "optimizer.lr = inf: "),
+        ("model.encoder=tu-hf-hub:somebody/model", "is a place, not a name"),
+        ("model.options={pretrained_cfg_overlay: {file: a.pth}}", "may not say where weights come from"),
     ],
 )
 def test_wrong_values_are_refused(override, message):
@@ -89,6 +94,19 @@ def test_a_missing_or_broken_recipe_is_refused(tmp_path):
     broken.write_text("a: [")
     with pytest.raises(UsageError, match="not readable as YAML"):
         load_recipe(str(broken))
+    broken.write_text("train: &a {batch: 3}\nloss: *a")
+    with pytest.raises(UsageError, match=r"an alias \(\*\) in line 2: write the value out"):
+        load_recipe(str(broken))
+    broken.write_text("a: " + "[" * 5000)
+    with pytest.raises(UsageError, match="too deeply nested"):
+        load_recipe(str(broken))
+    broken.write_text("# " + "x" * 70_000)
+    with pytest.raises(UsageError, match="70002 bytes, more than 65536"):
+        load_recipe(str(broken))
+    broken.write_text("".join(f"key{number}: 1\n" for number in range(100)))
+    with pytest.raises(UsageError, match="and 80 more") as error:
+        load_recipe(str(broken))
+    assert "key19: unknown key" in str(error.value) and "key20" not in str(error.value)
     broken.write_text("- a")
     with pytest.raises(UsageError, match="mapping of sections, found list"):
         load_recipe(str(broken))

@@ -36,10 +36,12 @@ def test_a_fourth_member_is_one_recipe_file_and_one_line(tmp_path: Path):
     ("text", "said"),
     [
         ("members: [lite0]", "at least two"),
-        ("member: [lite0, lite0_fpn]", "Extra inputs"),
+        ("member: [lite0, lite0_fpn]", "member: unknown key; valid here: members, ties"),
         ("members: [lite0, lite0]", "two members are called lite0"),
         ("members: [lite0, nothing]", "no recipe"),
-        ("members: [", "not an ensemble"),
+        ("members: [", "not readable as YAML"),
+        ("members: [../mine.yaml, lite0]", "outside of the ensemble's directory"),
+        ("members: [/mine.yaml, lite0]", "outside of the ensemble's directory"),
         ("members: [lite0, lite0_fpn]\nties: maybe", "'foreground' or 'background'"),
     ],
 )

@@ -65,7 +65,7 @@ def test_list_file(tmp_path):
 def test_list_file_with_unknown_stems_is_refused(tmp_path):
     file = tmp_path / "validation.txt"
     file.write_text("s0001\ns0002.jpg\nnobody\n")
-    with pytest.raises(UsageError, match=r"2 of 3 stems are not in the store \(nobody, s0002.jpg\)"):
+    with pytest.raises(UsageError, match=r"2 of 3 stems are not in the store \('nobody', 's0002.jpg'\)"):
         split_samples(samples(4), chosen(kind="list", file=file))
     with pytest.raises(UsageError, match=r"gone\.txt: not readable"):
         split_samples(samples(4), chosen(kind="list", file=tmp_path / "gone.txt"))
