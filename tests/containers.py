@@ -94,15 +94,18 @@ def image(base_image: str) -> str:
     return IMAGE
 
 
-def build(context: Path, base: str, name: str, **arguments: str) -> str:
-    """Build the Dockerfile of a checkout on a base; return what the build said."""
+def build(context: Path, base: str, name: str, volumes: Sequence[str] = (), **arguments: str) -> str:
+    """Build the Dockerfile of a checkout on a base, with build arguments and mounts; return what the build said."""
     with _lock(), tempfile.TemporaryDirectory() as directory:
         options = ["--isolation", "chroot", "--network", "host", *_pip_as_here(Path(directory))]
         for key, value in {"BASE_IMAGE": base, **arguments}.items():
             options += ["--build-arg", f"{key}={value}"]
+        for volume in volumes:
+            options += ["--volume", volume]
         done = podman(
             "build", *options, "--file", context / "docker" / "Dockerfile", "--tag", name, context, timeout=1800
         )
+        podman("image", "prune", "--force", check=False)  # what earlier builds left: the layers of this one stay
     return done.stdout + done.stderr
 
 
@@ -139,6 +142,9 @@ def with_torch(bare: str) -> str:
     name = f"localhost/stas-base:{_key(*content)}"
     with _lock():
         if podman("image", "exists", name, check=False).returncode:
+            for older in podman("images", "--format", "{{.Repository}}:{{.Tag}}").stdout.split():
+                if older.startswith("localhost/stas-base:"):
+                    podman("image", "rm", older, check=False)  # gigabytes
             _commit(name, lambda root: _add_torch(root, packages), bare)
     return name
 

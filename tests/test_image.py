@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -152,6 +154,42 @@ def test_the_image_is_told_apart_by_its_bases():
     current, v100 = (re.search(rf"#   {name}.*?(nvcr\S+:\S+-py3)", dockerfile) for name in ("A100", "V100"))
     assert current and v100 and f"ARG BASE_IMAGE={current[1]}\n" in dockerfile
     assert v100[1] in makefile and v100[1] in (ROOT / "stas" / "doctor.py").read_text()
+
+
+def _fake(directory: Path, name: str) -> Path:
+    """A command that says with which arguments it was called."""
+    directory.mkdir(exist_ok=True)
+    path = directory / name
+    path.write_text('#!/bin/sh\necho "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("engine", "gpus"), [("docker", "--gpus all --ulimit memlock=-1"), ("podman", "--device nvidia.com/gpu=all")]
+)
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_each_engine_is_asked_for_all_gpus_where_there_are_some(tmp_path: Path, engine: str, gpus: str, has_gpu: bool):
+    path = _fake(tmp_path / "bin", engine)
+    smi = _fake(tmp_path / "bin", "nvidia-smi")
+    if not has_gpu:
+        smi.write_text("#!/bin/sh\nexit 9\n")
+    variables = {"DATA": tmp_path, "WORKSPACE": tmp_path / "ws", "ENGINE": f"{path} --debug", "ENGINE_FLAGS": "--a b"}
+    clean = {"PATH": f"{path.parent}:{os.environ['PATH']}"} | {key: str(value) for key, value in variables.items()}
+    command = [DOCKER / "run", "train", "--member", "1"]
+    done = subprocess.run(command, env=clean, capture_output=True, text=True, check=True)
+    said = done.stdout.strip()
+    assert said.startswith("--debug run --rm --read-only ") and said.endswith(" --a b stas train --member 1")
+    assert f"--volume {tmp_path}:/data:ro --volume {tmp_path}/ws:/workspace" in said
+    assert (gpus in said) == has_gpu
+    assert ("no GPU here" in done.stderr) != has_gpu
+    assert ("--user" in said) == (os.geteuid() != 0), "as root the image's own user, else who started it"
+
+
+def test_a_run_without_data_says_what_is_missing():
+    done = subprocess.run(["make", "run-train"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "DATA=" in done.stderr and "Train_Annotations" in done.stderr
 
 
 # Real images and containers.
@@ -314,6 +352,65 @@ def test_sigterm_ends_training_with_75_and_the_same_command_goes_on(
     assert f"{processes} ranks" in done.stderr
     assert f"going on after epoch {stopped}" in done.stderr
     assert [row["epoch"] for row in read_metrics(metrics)] == list(range(1, EPOCHS + 1))
+
+
+@pytest.mark.cluster
+def test_make_image_labels_what_it_builds(image: str, base_image: str):
+    name = "localhost/stas:made"
+    engine = " ".join(["podman", *containers.STORE])
+    variables = {"IMAGE": name, "BASE_IMAGE": base_image, "ENGINE": engine}
+    variables["BUILD_FLAGS"] = "--isolation chroot --network host"  # the layers are there: pip has nothing to reach
+    command = ["make", "image", *(f"{key}={value}" for key, value in variables.items())]
+    done = subprocess.run(command, cwd=ROOT, env=containers.environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    labels = json.loads(podman("image", "inspect", name).stdout)[0]["Labels"]
+    podman("image", "rm", name)
+    assert labels["org.opencontainers.image.version"] == metadata.version("stas")
+    assert re.fullmatch(r"[0-9a-f]{40}", labels["org.opencontainers.image.revision"])
+
+
+def _torch_without_weight(index: Path) -> list[str]:
+    """An index with CPU wheels in name only, and mounts that bring this environment's torch to where they point."""
+    versions = {"torch": metadata.version("torch"), "torchvision": metadata.version("torchvision")}
+    needs = {
+        "torch": ["filelock", "typing-extensions", "sympy", "networkx", "jinja2", "fsspec"],
+        "torchvision": ["numpy", "pillow", f"torch=={versions['torch'].partition('+')[0]}"],
+    }
+    for name, found in versions.items():
+        version = f"{found.partition('+')[0]}+cpu"
+        wheel = index / name / f"{name}-{version}-py3-none-any.whl"
+        wheel.parent.mkdir(parents=True)
+        (wheel.parent / "index.html").write_text(f'<a href="{wheel.name}">{wheel.name}</a>')
+        info = f"{name}-{version}.dist-info"
+        head = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        with zipfile.ZipFile(wheel, "w") as file:
+            file.writestr(f"{name}-elsewhere.pth", "/opt/torch\n")
+            file.writestr(f"{info}/METADATA", head + "".join(f"Requires-Dist: {need}\n" for need in needs[name]))
+            file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            file.writestr(f"{info}/RECORD", "")
+    site = Path(str(metadata.distribution("torch").locate_file("")))
+    parts = [site / part for part in ("torch", "torchgen", "torchvision", "torchvision.libs", "triton", "nvidia")]
+    return [f"{index}:/index:ro", *(f"{part}:/opt/torch/{part.name}:ro" for part in parts if part.is_dir())]
+
+
+@pytest.mark.cluster
+def test_the_cpu_variant_takes_torch_from_its_index_and_runs(
+    base_image: str, chain: tuple[Path, Path, str], tmp_path: Path
+):
+    volumes = _torch_without_weight(tmp_path / "index")
+    name = "localhost/stas:test-cpu"
+    containers.build(ROOT, containers.bare_base(), name, volumes, TORCH_INDEX="file:///index")
+    code = (
+        "import importlib.metadata as m; names = {d.metadata['Name'].lower() for d in m.distributions()};"
+        "print(m.version('torch'), *sorted(n for n in names if n.startswith(('nvidia', 'cuda', 'triton'))))"
+    )
+    script = f'python3 -m pip check; python3 -c "{code}"'
+    lines = podman("run", "--rm", "--entrypoint", "sh", name, "-c", script).stdout.splitlines()
+    assert lines == ["No broken requirements found.", f"{metadata.version('torch').partition('+')[0]}+cpu nvidia-ml-py"]
+    data, workspace, _ = chain
+    options = [*run_options(data, workspace), *(option for volume in volumes for option in ("--volume", volume))]
+    done = podman("run", *options, name, "train", "--recipe", "/workspace/one.yaml", "--run", "cpu")
+    assert "epoch 2/2" in done.stderr
 
 
 @pytest.mark.cluster
