@@ -41,6 +41,7 @@ class Clock:
     def __init__(self, elapsed: float, limit: float, checkpoint_every: float) -> None:
         self._began = time.monotonic() - elapsed
         self._saved = time.monotonic()
+        self._drawn = -math.inf
         self._checkpoint_every = checkpoint_every
         self.limit = limit
 
@@ -52,6 +53,13 @@ class Clock:
 
     def checkpoint_due(self) -> bool:
         return time.monotonic() - self._saved > self._checkpoint_every
+
+    def picture_due(self) -> bool:
+        """True, but not again within ten seconds: epochs may be shorter than the drawing of their curve."""
+        due = time.monotonic() - self._drawn > 10
+        if due:
+            self._drawn = time.monotonic()
+        return due
 
 
 def train(
@@ -109,7 +117,8 @@ def train(
                 )
             if metrics:  # before the checkpoint: going on from an older one cuts the line off again
                 metrics.append(record | usage())
-                draw_curves(metrics.records, paths.curves, title=paths.root.name)
+                if clock.picture_due() or progress.ended(epochs, limit):
+                    draw_curves(metrics.records, paths.curves, title=paths.root.name)
                 log.info("%s", epoch_line(record, epochs, time_left(metrics.records, epochs)))
             _save(job, progress, clock, writer, best)
         _finish_writing(writer)

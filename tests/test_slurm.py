@@ -15,12 +15,12 @@ import yaml
 from PIL import Image
 
 from stas.checkpoint import load_checkpoint
-from stas.config import Recipe, load_recipe
+from stas.config import Recipe
 from stas.paths import RunPaths, Workspace
 from stas.preprocess import preprocess
 from stas.progress import read_metrics
-from stas.train import train
 from tests.conftest import TINY
+from tests.launch import stas
 from tests.slurm import Slurm, start_slurm, why_not
 from tests.test_train import assert_same_run
 
@@ -181,7 +181,7 @@ def test_a_job_cut_off_by_its_walltime_is_requeued_and_goes_on(slurm: Slurm, sit
     assert steps == list(range(1, len(steps) + 1)), "no epoch twice, none left out"
 
 
-def test_three_interruptions_in_a_row_change_nothing(slurm: Slurm, site: SimpleNamespace, tiny: Recipe):
+def test_three_interruptions_in_a_row_change_nothing(slurm: Slurm, site: SimpleNamespace):
     """Slurm's warning, sent by hand: each time a checkpoint, exit code 75, the queue again, and on."""
     write_recipe(site.root / "thrice.yaml", epochs=240)
     ensemble = write_ensemble(site.root / "thrice-alone.yaml", "thrice", "one")
@@ -193,7 +193,10 @@ def test_three_interruptions_in_a_row_change_nothing(slurm: Slurm, site: SimpleN
         slurm.run("scancel", "--signal=USR1", "--batch", f"{job}_0")
         wait_until(lambda after=restarts + 1: slurm.facts(job)[0]["Restarts"] == str(after), "the queue")
     assert slurm.wait(job) == ["COMPLETED"], log_of(site, job)
-    train(load_recipe(str(site.root / "thrice.yaml")), site.workspace, "thrice-whole")
+    whole = stas(
+        "train", "--recipe", site.root / "thrice.yaml", "--workspace", site.workspace.root, "--run", "thrice-whole"
+    )
+    assert whole.returncode == 0, whole.stderr
     assert_same_run(site.workspace.run("thrice-whole"), run)
 
 
