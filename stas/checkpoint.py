@@ -24,13 +24,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stas.errors import InputDataError
-from stas.files import atomic_write
+from stas.files import atomic_write, remove_leftovers
 from stas.locks import Lock
 from stas.paths import RunPaths
 
 log = logging.getLogger(__name__)
 FORMAT = 3
-NO_SUM = b'"crc32":"00000000"'  # in the header; the checksum is that of the whole file with this in its place
+# How the checksum begins in the header, whose first fact it is. It is that of the whole file with zeros in its place.
+SUM, NO_SUM = rb"{\"crc32\": \"", b"00000000"
 LONGEST_HEADER = 100_000_000  # bytes, as safetensors itself has it
 BLOCK = 1 << 20
 NETWORK, OPTIMIZER = "network.", "optimizer."  # prefixes of the tensors' names
@@ -76,11 +77,15 @@ def take_snapshot(network: nn.Module, facts: Mapping[str, Any], optimizer: Optim
 
 def save_checkpoint(path: Path, snapshot: Snapshot) -> None:
     """Write a checkpoint atomically."""
-    facts = {"format": FORMAT, "facts": dict(snapshot.facts), "optimizer": snapshot.scalars}
-    content = save(snapshot.tensors, {"stas": json.dumps(facts), "crc32": "00000000"})
+    facts = {
+        "crc32": NO_SUM.decode(),
+        "format": FORMAT,
+        "facts": dict(snapshot.facts),
+        "optimizer": snapshot.scalars,
+    }
+    content = save(snapshot.tensors, {"stas": json.dumps(facts)})
     head = content[: 8 + int.from_bytes(content[:8], "little")]
-    # Quotes within the facts are escaped, so this stands only once in the header.
-    summed = head.replace(NO_SUM, NO_SUM.replace(b"00000000", b"%08x" % zlib.crc32(content)))
+    summed = head.replace(SUM + NO_SUM, SUM + b"%08x" % zlib.crc32(content), 1)
     with atomic_write(path) as file:
         file.write(summed)
         file.write(memoryview(content)[len(head) :])
@@ -89,10 +94,14 @@ def save_checkpoint(path: Path, snapshot: Snapshot) -> None:
 def save_last(run: RunPaths, snapshot: Snapshot) -> None:
     """Write the checkpoint to resume from, keeping the one before as `previous`.
 
-    Cut off between the renames, `next` is left, and `load_newest` looks for it first.
+    Cut off between the renames, `next` is left: `load_newest` looks for it first, and `clear_up` ends the renaming.
     """
-    last = run.checkpoint("last")
     save_checkpoint(run.checkpoint("next"), snapshot)
+    _move_up(run)
+
+
+def _move_up(run: RunPaths) -> None:
+    last = run.checkpoint("last")
     if last.exists():
         os.replace(last, run.checkpoint("previous"))
     os.replace(run.checkpoint("next"), last)
@@ -111,8 +120,14 @@ class CheckpointWriter:
         self._writing: Future[None] | None = None
 
     def write(self, snapshot: Snapshot, best: bool) -> None:
-        """Begin to write `last` and, where it is the best so far, `best`; the one before is complete then."""
+        """Begin to write `last` and, where it is the best so far, `best`; the one before is complete then.
+
+        Raises:
+            StoppedEarly: the run's lock is lost, and another process may be writing.
+        """
         self.wait()
+        if self._held:
+            self._held.check()
         self._writing = self._thread.submit(self._write, snapshot, best)
 
     def wait(self) -> None:
@@ -127,6 +142,14 @@ class CheckpointWriter:
         if best:
             save_checkpoint(self._run.checkpoint("best"), snapshot.network_only())
         save_last(self._run, snapshot)
+
+
+def clear_up(run: RunPaths) -> None:
+    """End or remove what a killed process has left half done in a run. Only who holds the run's lock may do so."""
+    for directory in (run.root, run.checkpoint("last").parent):
+        remove_leftovers(directory)
+    if run.checkpoint("next").exists():
+        _move_up(run)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -205,10 +228,10 @@ def _checked_sum(file: BinaryIO) -> str:
     """
     size = file.read(8)
     header = file.read(min(int.from_bytes(size, "little"), LONGEST_HEADER))
-    found = re.search(NO_SUM.replace(b"00000000", b"([0-9a-f]{8})"), header)
+    found = re.search(re.escape(SUM) + b"([0-9a-f]{8})", header)
     if not found:
         raise ValueError("no checksum in its header")
-    crc = zlib.crc32(size + header[: found.start()] + NO_SUM + header[found.end() :])
+    crc = zlib.crc32(size + header[: found.start(1)] + NO_SUM + header[found.end(1) :])
     digest = hashlib.sha256(size + header)
     while block := file.read(BLOCK):
         crc = zlib.crc32(block, crc)

@@ -6,7 +6,6 @@ import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -132,9 +131,14 @@ def predict_logits(network: nn.Module, images: Tensor, tta: bool) -> Tensor:
 def _predict_share(
     loaded: Checkpoint, recipe: Recipe, files: dict[str, Path], partial: Path, key: dict[str, Any], ranks: Ranks
 ) -> None:
-    """Write the masks of every `ranks.size`-th image that `partial` does not have yet."""
-    share = list(files)[ranks.rank :: ranks.size]
-    todo = [stem for stem in share if not _is_done(partial, stem, key["probabilities"])]
+    """Write the masks of every `ranks.size`-th image that `partial` does not have yet.
+
+    A batch of which one is missing is made again as a whole: the last bit of a logit depends on the batch's size, and
+    a run cut off shall end with the masks of one that was not.
+    """
+    share, size = list(files)[ranks.rank :: ranks.size], recipe.infer.batch
+    together = [share[first : first + size] for first in range(0, len(share), size)]
+    todo = [stems for stems in together if not all(_is_done(partial, stem, key["probabilities"]) for stem in stems)]
     network = build_network(recipe.model, recipe.data.size, pretrained=False)
     network.load_state_dict(loaded.network)
     network.to(ranks.device).eval()
@@ -143,7 +147,7 @@ def _predict_share(
     writing: list[Future[None]] = []
     batches = prefetch(_batches(todo, files, recipe))
     with ThreadPoolExecutor(2) as pool, torch.inference_mode():
-        for stems, images, sizes in bar(batches, -(-len(todo) // recipe.infer.batch), "infer", show=ranks.first):
+        for stems, images, sizes in bar(batches, len(todo), "infer", show=ranks.first):
             with torch.autocast(
                 ranks.device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"
             ):  # fp16 trains with a scaler; its predictions are made in fp32
@@ -158,14 +162,13 @@ def _predict_share(
 
 
 def _batches(
-    stems: Sequence[str], files: dict[str, Path], recipe: Recipe
+    todo: Sequence[list[str]], files: dict[str, Path], recipe: Recipe
 ) -> Iterator[tuple[list[str], Tensor, list[tuple[int, int]]]]:
     """Yield stems, the network's input (N, 3, H, W) and the images' own (height, width)."""
-    remaining = iter(stems)
     with ThreadPoolExecutor(recipe.infer.batch) as pool:
-        while together := list(islice(remaining, recipe.infer.batch)):
-            read = list(pool.map(lambda stem: _read(files[stem], recipe), together))
-            yield together, torch.stack([image for image, _ in read]), [size for _, size in read]
+        for stems in todo:
+            read = list(pool.map(lambda stem: _read(files[stem], recipe), stems))
+            yield stems, torch.stack([image for image, _ in read]), [size for _, size in read]
 
 
 def _read(file: Path, recipe: Recipe) -> tuple[Tensor, tuple[int, int]]:

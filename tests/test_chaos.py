@@ -1,0 +1,241 @@
+"""Killed, or refused by the disk, at every file operation: the old or the new result stands, and the next start ends
+with the same bytes. A short walk by default; `make chaos` makes every step."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from stas import paths, predictions
+from stas.checkpoint import (
+    CheckpointWriter,
+    clear_up,
+    load_checkpoint,
+    load_newest,
+    save_checkpoint,
+    save_last,
+    take_snapshot,
+)
+from stas.config import Recipe, load_recipe
+from stas.evaluate import evaluate
+from stas.images import write_mask
+from stas.infer import infer
+from stas.locks import lock
+from stas.paths import RunPaths, Workspace
+from stas.preprocess import preprocess
+from stas.progress import MetricsLog, read_metrics
+from stas.train import train
+from stas.vote import vote
+from tests.chaos import Scenario, Walk, why_no_strace
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_no_strace()), reason=why_no_strace())]
+STEPS = 5  # of each scenario in the short walk
+
+
+def snapshot(epoch: int):
+    torch.manual_seed(epoch)
+    network = nn.Linear(3, 2)
+    return take_snapshot(network, {"epoch": epoch}, torch.optim.SGD(network.parameters()))
+
+
+def save_epochs(root: Path, *epochs: int) -> None:
+    for epoch in epochs:
+        save_checkpoint(RunPaths(root).checkpoint("best"), snapshot(epoch).network_only())
+        save_last(RunPaths(root), snapshot(epoch))
+
+
+def go_on_saving(root: Path) -> None:
+    """What training does, with epoch 2 as the last."""
+    run = RunPaths(root / "run")
+    with lock(paths.lock(run.root)) as held:
+        clear_up(run)
+        saved = load_newest(run)
+        for epoch in range(saved.facts["epoch"] + 1 if saved else 0, 3):
+            writer = CheckpointWriter(run, held)
+            writer.write(snapshot(epoch), best=True)
+            writer.wait()
+
+
+def newest_is_not_older_than(epoch: int):
+    def check(root: Path) -> None:
+        saved = load_newest(RunPaths(root / "run"))
+        assert (saved.facts["epoch"] if saved else -1) >= epoch
+
+    return check
+
+
+def metrics(root: Path, *epochs: int) -> None:
+    with lock(paths.lock(root / "run")):
+        clear_up(RunPaths(root / "run"))
+        with MetricsLog(root / "run" / "metrics.jsonl", root / "events", epochs[0] - 1) as log:
+            for epoch in epochs:
+                log.append({"epoch": epoch, "val_loss": 1 / epoch})
+
+
+def metrics_tell_whole_epochs(root: Path) -> None:
+    records = read_metrics(root / "run" / "metrics.jsonl")
+    assert [record["epoch"] for record in records] == list(range(1, len(records) + 1))
+    assert len(records) >= 2
+
+
+def members(root: Path, number: int = 3, seed: int = 0) -> list[Path]:
+    """Sets of two small masks."""
+    random = np.random.default_rng(seed)
+    directories = [root / "members" / f"m{index}" for index in range(number)]
+    for directory in directories:
+        for stem in "ab":
+            write_mask(directory / f"{stem}.png", random.random((8, 9)) < 0.5)
+    return directories
+
+
+def vote_of(root: Path, ties=None, count: int = 3) -> None:
+    vote(sorted((root / "members").iterdir())[:count], root / "vote", ties=ties, workers=1)
+
+
+def evaluate_with(root: Path, sheets: int) -> None:
+    evaluate([root / "members" / "m0"], root / "members" / "m1", root / "scores", sheets=sheets)
+
+
+@pytest.fixture(scope="module")
+def two_images(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("two")
+    for kind in ("Train_Images", "Train_Annotations"):
+        (root / kind).mkdir()
+        for path in sorted((sample / kind).iterdir())[:2]:
+            shutil.copy(path, root / kind)
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(store_workspace: Workspace, tiny: Recipe) -> RunPaths:
+    train(tiny, store_workspace, "chaos")
+    return store_workspace.run("chaos")
+
+
+@pytest.fixture
+def scenarios(two_images: Path, trained: RunPaths, store_workspace: Workspace, tiny: Recipe) -> dict[str, Scenario]:
+    images, annotations = two_images / "Train_Images", two_images / "Train_Annotations"
+    recipe = load_recipe("lite0", ["data.size=32", "data.split.kind=fraction", "data.split.fraction=0.5"])
+
+    def nothing(root: Path) -> None: ...
+
+    def make_store(root: Path) -> None:
+        preprocess([images], [annotations], Workspace(root), recipe, masks=root / "masks", workers=1)
+
+    def make_other_store(root: Path) -> None:
+        other = root / "other"
+        shutil.copytree(annotations, other)
+        path = next(other.iterdir())
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"shapes": []}))
+        preprocess([images], [other], Workspace(root), recipe, masks=root / "masks", workers=1)
+        shutil.rmtree(other)
+
+    def with_run(root: Path) -> None:
+        run = Workspace(root).run("r")
+        run.checkpoint("best").parent.mkdir(parents=True)
+        shutil.copy(trained.checkpoint("best"), run.checkpoint("best"))
+
+    def predict(root: Path, threshold: float = 0.5) -> None:
+        infer("r", images, Workspace(root), threshold=threshold, probabilities=True)
+
+    def with_predictions(root: Path) -> None:
+        with_run(root)
+        predict(root, 0.01)
+
+    def with_vote(root: Path) -> None:
+        members(root)
+        vote_of(root, ties="background", count=2)
+
+    def without_exchange(root: Path) -> None:
+        predictions.exchange = lambda *_: False  # as on NFS
+        vote_of(root)
+
+    def with_scores(root: Path) -> None:
+        members(root)
+        evaluate_with(root, 0)
+
+    def with_store(root: Path) -> None:
+        shutil.copytree(store_workspace.stores, root / "stores")
+
+    def train_run(root: Path) -> None:
+        clear_up(Workspace(root).run("run"))
+        train(tiny, Workspace(root), "run")
+
+    def trained_state(root: Path):
+        run = Workspace(root).run("run")
+        saved = [load_checkpoint(run.checkpoint(which)) for which in ("last", "best")]
+        figures = [
+            {key: record[key] for key in ("epoch", "train_loss", "val_loss")} for record in read_metrics(run.metrics)
+        ]
+        return figures, [{name: value.tolist() for name, value in each.network.items()} for each in saved]
+
+    checkpoints, sets = ("run/checkpoints/*.safetensors",), ("predictions/*",)
+    stores = ("stores/*", "masks/*.png")
+    last = ("run/checkpoints/last.safetensors",)
+    return {
+        "first checkpoint": Scenario(nothing, go_on_saving, checkpoints, newest_is_not_older_than(-1), exact=False),
+        "checkpoint": Scenario(
+            lambda root: save_epochs(root / "run", 0, 1),
+            go_on_saving,
+            checkpoints,
+            newest_is_not_older_than(1),
+            last,
+        ),
+        "metrics": Scenario(
+            lambda root: metrics(root, 1, 2, 3),
+            lambda root: metrics(root, 3, 4),
+            ("run/metrics.jsonl",),
+            metrics_tell_whole_epochs,
+            exact=False,
+        ),
+        "store": Scenario(nothing, make_store, stores),
+        "changed store": Scenario(make_other_store, make_store, stores),
+        "predictions": Scenario(with_run, predict, sets),
+        "newer predictions": Scenario(with_predictions, predict, sets),
+        "vote": Scenario(lambda root: [members(root), None][1], vote_of, ("vote",)),
+        "newer vote": Scenario(with_vote, vote_of, ("vote",)),
+        "newer vote on NFS": Scenario(with_vote, without_exchange, ("vote",), may_miss=("vote",)),
+        "scores": Scenario(lambda root: [members(root), None][1], lambda root: evaluate_with(root, 0), ("scores",)),
+        "newer scores": Scenario(with_scores, lambda root: evaluate_with(root, 1), ("scores",)),
+        "training": Scenario(
+            with_store,
+            train_run,
+            ("runs/run/*.yaml", "runs/run/*.json", "runs/run/checkpoints/*.safetensors"),
+            finished=trained_state,
+            exact=False,
+        ),
+    }
+
+
+NAMES = (
+    "first checkpoint", "checkpoint", "metrics", "store", "changed store", "predictions", "newer predictions", "vote",
+    "newer vote", "newer vote on NFS", "scores", "newer scores", "training",
+)  # fmt: skip
+
+
+@pytest.fixture(params=NAMES)
+def walk(request: pytest.FixtureRequest, scenarios: dict[str, Scenario], tmp_path: Path) -> Iterator[Walk]:
+    walk = Walk(scenarios[request.param], tmp_path / "root")
+    yield walk
+    print(f"{request.param}: {len(walk.calls)} file operations, {walk.faults} faults survived {dict(walk.refused)}")
+
+
+def some(calls: list) -> list:
+    """A few of them, from the first to the last."""
+    return [calls[round(index * (len(calls) - 1) / (STEPS - 1))] for index in range(STEPS)]
+
+
+def test_killed_at_a_few_file_operations(walk: Walk):
+    for call in some(walk.calls):
+        walk.kill_at(call)
+
+
+@pytest.mark.chaos
+def test_killed_at_every_file_operation(walk: Walk):
+    for call in walk.calls:
+        walk.kill_at(call)
