@@ -7,13 +7,14 @@ failed pod by podFailurePolicy. GPUs, nodes, the pods' own network and evictions
 
 import os
 import re
+import secrets
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ class Node:
     config: Mapping[str, str]  # what the ConfigMap says here
     claims: Mapping[str, Path]  # where a persistent volume claim is bound
     scratch: Path  # for empty directories and pods' YAML
-    hosts: Mapping[str, str] = field(default_factory=dict)  # names that the cluster's DNS would know
+    subdomain: str = "stas"  # of the pods' names, as a headless service gives it
 
     def run_job(self, job: Manifest, attempts: int = 5) -> dict[int, list[Attempt]]:
         """Run all indexes of a Job, one after the other, each until its policy says that it is done."""
@@ -78,7 +79,7 @@ class Node:
             failures = 0
             limit = spec.get("backoffLimitPerIndex", spec.get("backoffLimit", 6))
             while len(history[index]) < attempts:
-                last = self.run_pod(self.pod(job, index, attempt=len(history[index])))
+                last = self.run_pod(self.pod(job, index))
                 history[index].append(last)
                 action = verdict(spec, last.code)
                 failures += action == "Count"
@@ -86,18 +87,23 @@ class Node:
                     break
         return history
 
-    def pod(self, job: Manifest, index: int, attempt: int = 0, labels: Mapping[str, str] | None = None) -> Manifest:
+    def pod(self, job: Manifest, index: int, labels: Mapping[str, str] | None = None) -> Manifest:
         """The pod that the Job controller and the kubelet make of a Job's template for an index."""
         template = deepcopy(job["spec"]["template"])
-        name = f"{job['metadata']['name']}-{index}-{attempt}"
+        name = f"{job['metadata']['name']}-{index}-{secrets.token_hex(3)}"
         spec = template["spec"]
         own = {INDEX_KEY: str(index)} if job["spec"].get("completionMode") == "Indexed" else {}
         own = template["metadata"]["labels"] | own | dict(labels or {})
         spec["volumes"] = [self._volume(volume, spec, name) for volume in spec["volumes"]]
         spec["hostNetwork"] = True
-        spec["hostAliases"] = [{"ip": ip, "hostnames": [host]} for host, ip in self.hosts.items()]
+        spec["hostname"] = f"{job['metadata']['name']}-{index}"
+        # The kubelet, too, mounts this file, with the pod itself; the others it would learn of by DNS.
+        hosts = self.scratch / f"{name}-hosts"
+        hosts.write_text("127.0.0.1 localhost\n" + self._addresses(job))
+        spec["volumes"].append({"name": "hosts", "hostPath": {"path": str(hosts), "type": "File"}})
         for container in containers(spec):
             container["image"] = self.image
+            container["volumeMounts"].append({"name": "hosts", "mountPath": "/etc/hosts", "readOnly": True})
             variables = self._variables(container, own)
             container["args"] = [expand(word, variables) for word in container["args"]]
             container["env"] = [{"name": key, "value": value} for key, value in variables.items()]
@@ -145,8 +151,17 @@ class Node:
                 break
         return Attempt(code, decided, "\n".join(log))
 
+    def at_work(self, name: str) -> bool:
+        """Whether a started pod's main container still runs."""
+        return podman("inspect", f"{name}-stas", "--format", "{{.State.Status}}").stdout.strip() == "running"
+
     def _code(self, pod: str, container: str) -> int:
         return int(podman("inspect", f"{pod}-{container}", "--format", "{{.State.ExitCode}}").stdout)
+
+    def _addresses(self, job: Manifest) -> str:
+        """Each index of a Job by its names, with an address of its own on this machine."""
+        names = [f"{job['metadata']['name']}-{index}" for index in range(job["spec"].get("completions", 1))]
+        return "".join(f"127.0.1.{i + 1} {name}.{self.subdomain} {name}\n" for i, name in enumerate(names))
 
     def _variables(self, container: Manifest, labels: Mapping[str, str]) -> dict[str, str]:
         variables: dict[str, str] = {}

@@ -118,7 +118,7 @@ def test_number_of_members(overlay: list[Manifest]):
     assert len(counts) == 2
     for name, count in counts.items():
         assert count == (members, members), (
-            f"{name}: {count} indexes, {members} members in ensemble {ensemble}: write `completions: {members}` in {line}"
+            f"{name}: {count} indexes, {members} members in {ensemble}: write `completions: {members}` in {line}"
         )
 
 
@@ -576,17 +576,29 @@ def node(image: str, data: Path, rendered: dict[str, list[Manifest]], tmp_path_f
     """A node with an empty workspace volume."""
     claims = {"stas-data": data, "stas-workspace": tmp_path_factory.mktemp("workspace")}
     settings = config(rendered["cpu-demo"]) | {"ENSEMBLE": "/data/ensemble.yaml", "PREDICT_IMAGES": "/data/New"}
+    settings["OMP_NUM_THREADS"] = "1"  # a small machine
     return Node(image, settings, claims, tmp_path_factory.mktemp("scratch"))
 
 
 @pytest.fixture(scope="module")
-def chain(node: Node, rendered: dict[str, list[Manifest]]) -> dict[str, dict[int, list[Attempt]]]:
+def prepared(node: Node, rendered: dict[str, list[Manifest]]) -> list[Attempt]:
+    """How the Job that makes the store ended."""
+    return run_stage(node, rendered, "preprocess")[0]
+
+
+@pytest.fixture(scope="module")
+def chain(
+    node: Node, prepared: list[Attempt], rendered: dict[str, list[Manifest]]
+) -> dict[str, dict[int, list[Attempt]]]:
     """How the pods of all Jobs ended, one stage after the other."""
-    ended = {}
-    for stage in STAGES:
-        began = time.monotonic()
-        ended[stage] = node.run_job(find(rendered["cpu-demo"], "Job", f"stas-{stage}"))
-        print(f"{stage}: {len(ended[stage])} pods, {time.monotonic() - began:.0f} s")
+    return {"preprocess": {0: prepared}} | {stage: run_stage(node, rendered, stage) for stage in STAGES[1:]}
+
+
+def run_stage(node: Node, rendered: dict[str, list[Manifest]], stage: str) -> dict[int, list[Attempt]]:
+    """How a Job's pods ended."""
+    began = time.monotonic()
+    ended = node.run_job(find(rendered["cpu-demo"], "Job", f"stas-{stage}"))
+    print(f"{stage}: {len(ended)} pods, {time.monotonic() - began:.0f} s")
     return ended
 
 
@@ -633,21 +645,22 @@ def test_a_member_that_fails_leaves_the_others_at_work(
     assert "unprepared" in vote[-1].log, "the vote says who is missing"
 
 
-def wait_until(happened: Any, what: str, timeout: float = 240) -> None:
-    """Wait for something that a container does."""
-    end = time.monotonic() + timeout
-    while not happened():
-        assert time.monotonic() < end, f"not within {timeout} s: {what}"
-        time.sleep(0.2)
-
-
 def epochs_done(run: Path) -> int:
     metrics = run / "metrics.jsonl"
     return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
 
+def wait_for_epochs(run: Path, count: int, node: Node, pod: Manifest, name: str, timeout: float = 240) -> None:
+    """Wait until a pod's training has done so many epochs."""
+    end = time.monotonic() + timeout
+    while epochs_done(run) < count:
+        assert node.at_work(name), node.ended(pod, name).log
+        assert time.monotonic() < end, f"{epochs_done(run)} of {count} epochs within {timeout} s"
+        time.sleep(0.3)
+
+
 def test_a_stopped_pod_ends_resumable_and_the_next_one_goes_on(
-    node: Node, chain: dict[str, dict[int, list[Attempt]]], rendered: dict[str, list[Manifest]]
+    node: Node, prepared: list[Attempt], rendered: dict[str, list[Manifest]]
 ):
     job = find(rendered["cpu-demo"], "Job", "stas-train")
     settings = dict(node.config) | {"ENSEMBLE": "/data/one-endless.yaml", "TIME_LIMIT": "20s"}
@@ -655,7 +668,7 @@ def test_a_stopped_pod_ends_resumable_and_the_next_one_goes_on(
     run = workspace(node) / "runs" / "endless"
     pod = limited.pod(job, 0)
     with limited.started(pod) as name:
-        wait_until(lambda: epochs_done(run) >= 3, "three epochs")
+        wait_for_epochs(run, 3, limited, pod, name)
         began = time.monotonic()
         podman("pod", "stop", "--time", job["spec"]["template"]["spec"]["terminationGracePeriodSeconds"], name)
         assert time.monotonic() - began < SHUTDOWN_TIMEOUT
@@ -663,14 +676,14 @@ def test_a_stopped_pod_ends_resumable_and_the_next_one_goes_on(
     assert stopped.code == EXIT_RESUMABLE, stopped.log
     assert verdict(job["spec"], stopped.code) == "Ignore"
     before = epochs_done(run)
-    replaced = limited.run_pod(limited.pod(job, 0, attempt=1))
+    replaced = limited.run_pod(limited.pod(job, 0))
     assert replaced.code == 0, replaced.log
     assert f"going on after epoch {before}" in replaced.log
     assert epochs_done(run) > before
 
 
 def test_two_nodes_train_one_member_and_stop_together(
-    node: Node, chain: dict[str, dict[int, list[Attempt]]], rendered: dict[str, list[Manifest]]
+    node: Node, prepared: list[Attempt], rendered: dict[str, list[Manifest]]
 ):
     (jobset,) = [each for each in rendered["jobset"] if each["kind"] == "JobSet"]
     job = next(job for job in jobs([jobset]) if job["metadata"]["name"] == "stas-train-0")
@@ -680,23 +693,22 @@ def test_two_nodes_train_one_member_and_stop_together(
     volume.mkdir()
     subprocess.run(["cp", "-r", workspace(node) / "stores", volume], check=True)
     claims = dict(node.claims) | {"stas-workspace": volume}
-    # On one machine all names lead to it.
-    pair = Node(node.image, settings, claims, node.scratch, {"stas-train-0-0.stas": "127.0.0.1"})
+    pair = Node(node.image, settings, claims, node.scratch)
     run = volume / "runs" / "endless"
 
-    def both(attempt: int, stop: bool) -> list[Attempt]:
-        made = [pair.pod(job, index, attempt, {"jobset.sigs.k8s.io/job-index": "0"}) for index in range(2)]
+    def both(stop: bool) -> list[Attempt]:
+        made = [pair.pod(job, index, {"jobset.sigs.k8s.io/job-index": "0"}) for index in range(2)]
         with pair.started(made[0]) as first, pair.started(made[1]) as second:
             if stop:
-                wait_until(lambda: epochs_done(run) >= 3, "three epochs")
+                wait_for_epochs(run, 3, pair, made[0], first)
                 podman("pod", "stop", "--time", 180, second)
             with ThreadPoolExecutor() as threads:
                 return list(threads.map(pair.ended, made, (first, second)))
 
-    stopped = both(0, stop=True)
+    stopped = both(stop=True)
     assert [attempt.code for attempt in stopped] == [EXIT_RESUMABLE] * 2, "\n".join(each.log for each in stopped)
     before = epochs_done(run)
-    ended = both(1, stop=False)
+    ended = both(stop=False)
     assert [attempt.code for attempt in ended] == [0, 0], "\n".join(each.log for each in ended)
     assert f"going on after epoch {before}" in ended[0].log + ended[1].log
 
