@@ -10,9 +10,9 @@ import logging
 import os
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,15 +23,17 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from stas.errors import InputDataError
+from stas.errors import InputDataError, UsageError
 from stas.files import atomic_write, remove_leftovers
 from stas.locks import Lock
 from stas.paths import RunPaths
+from stas.untrusted import check_file, parse_json
 
 log = logging.getLogger(__name__)
 FORMAT = 3
 # How the checksum begins in the header, whose first fact it is. It is that of the whole file with zeros in its place.
 SUM, NO_SUM = rb"{\"crc32\": \"", b"00000000"
+MAX_BYTES = 32 << 30  # some minutes of hashing; the largest networks of the recipes take 2 GiB with their optimiser
 LONGEST_HEADER = 100_000_000  # bytes, as safetensors itself has it
 BLOCK = 1 << 20
 NETWORK, OPTIMIZER = "network.", "optimizer."  # prefixes of the tensors' names
@@ -158,12 +160,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         InputDataError: missing, damaged, or not made by stas.
     """
-    if not path.is_file():
+    if not path.exists():
         raise InputDataError(f"{path}: no such checkpoint; train the run first, or name another with --run")
+    check_file(path, MAX_BYTES)
     try:
         while True:
             with open(path, "rb") as file, safe_open(path, "pt") as opened:
-                header = json.loads((opened.metadata() or {})["stas"])
+                header = parse_json((opened.metadata() or {})["stas"].encode())
                 if header["format"] != FORMAT:
                     raise InputDataError(f"{path}: checkpoint format {header['format']}, this version reads {FORMAT}")
                 facts, scalars = dict(header["facts"]), dict(header["optimizer"])
@@ -173,12 +176,30 @@ def load_checkpoint(path: Path) -> Checkpoint:
                     break  # else training has put a newer one there meanwhile
     except InputDataError:
         raise
-    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError, OSError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, OSError) as error:
         raise InputDataError(
             f"{path}: not a readable checkpoint of stas ({error}): use another, or train again"
         ) from error
     optimizer = {**_with_prefix(tensors, OPTIMIZER), **scalars}
     return Checkpoint(facts, _with_prefix(tensors, NETWORK), optimizer, sha256)
+
+
+@contextmanager
+def fitting(checkpoint: Path | str) -> Iterator[None]:
+    """Turn what goes wrong where a checkpoint's content is put to use into an error that names it.
+
+    Raises:
+        InputDataError: the content is not what it should be, though the file is whole.
+    """
+    try:
+        yield
+    except (UsageError, InputDataError):
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        raise InputDataError(
+            f"{checkpoint}: its checkpoint does not fit ({type(error).__name__}: {str(error)[:500]}): "
+            "use another, or train again"
+        ) from error
 
 
 def load_newest(run: RunPaths) -> Checkpoint | None:

@@ -103,7 +103,13 @@ def evaluate(
             complete = _draw(partial, listed, truths, counts, images, threshold, sheets)
             # A sheet that lacks its image is not finished work: the next run looks for the image again.
             write_manifest(partial, {"key": key if complete else None, "images": {}})
-    print(f"{table(summary)}\nscores: {out / 'scores.csv'}, {out / SUMMARY}")
+    try:
+        text = table(summary)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # an earlier one, which is only read
+        raise InputDataError(
+            f"{out / SUMMARY}: not a summary of scores ({error!r}): delete {out} and run the command again"
+        ) from error
+    print(f"{text}\nscores: {out / 'scores.csv'}, {out / SUMMARY}")
     if (out / "sheets.png").is_file():
         print(f"pictures: {out / 'sheets.png'}, {out / 'sheets'}")
     return summary

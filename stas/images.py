@@ -70,6 +70,13 @@ def fold(stem: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", stem).casefold())
 
 
+def is_plain_stem(stem: object) -> bool:
+    """Whether a stem that stands in a manifest names a file in a directory, and none outside of it."""
+    if not isinstance(stem, str) or not stem or stem.startswith(".") or set(stem) & {"/", "\0"}:
+        return False
+    return len(stem.encode(errors="surrogatepass")) <= MAX_STEM_BYTES
+
+
 def check_stem(path: Path) -> None:
     """Refuse a name whose mask could not be written.
 

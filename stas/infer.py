@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from stas import distributed
-from stas.checkpoint import Checkpoint, load_checkpoint
+from stas.checkpoint import Checkpoint, fitting, load_checkpoint
 from stas.config import Recipe, parse_recipe
 from stas.distributed import Ranks
 from stas.errors import InputDataError, UsageError
 from stas.files import read_json, remove_leftovers, sha256
-from stas.images import grey_size, list_images, read_image, write_mask, write_probability
+from stas.images import MAX_IMAGE_BYTES, grey_size, list_images, read_image, write_mask, write_probability
 from stas.loader import prefetch
 from stas.model import build_network
 from stas.paths import Workspace, lock, manifest, prediction, probability
@@ -69,17 +69,19 @@ def infer(
     out = workspace.predictions(name or run)
     path = workspace.run(run).checkpoint(checkpoint)
     loaded = load_checkpoint(path)
-    recipe = parse_recipe(loaded.facts["recipe"], str(path))
+    with fitting(path):
+        recipe = parse_recipe(loaded.facts["recipe"], str(path))
     files = list_images(images)
     if held_out:
-        files = _held_out(files, loaded.facts["validation"], images)
+        with fitting(path):
+            files = _held_out(files, loaded.facts["validation"], images)
     key = {
         "run": run,
         "checkpoint": loaded.sha256,
         "tta": recipe.infer.tta if tta is None else tta,
         "threshold": recipe.infer.threshold if threshold is None else threshold,
         "probabilities": probabilities,
-        "images": {stem: sha256(file) for stem, file in files.items()},
+        "images": {stem: sha256(file, MAX_IMAGE_BYTES) for stem, file in files.items()},
     }
     with distributed.join_ranks() as ranks:
         if distributed.any_of(ranks.first and is_settled(out, key))[0]:
@@ -140,7 +142,8 @@ def _predict_share(
     together = [share[first : first + size] for first in range(0, len(share), size)]
     todo = [stems for stems in together if not all(_is_done(partial, stem, key["probabilities"]) for stem in stems)]
     network = build_network(recipe.model, recipe.data.size, pretrained=False)
-    network.load_state_dict(loaded.network)
+    with fitting(key["run"]):
+        network.load_state_dict(loaded.network)
     network.to(ranks.device).eval()
     if recipe.train.channels_last:
         network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -203,7 +206,13 @@ def _check_same_images(out: Path, key: dict[str, Any]) -> None:
     check_replaceable(out)
     if not manifest(out).exists():
         return
-    before = read_json(manifest(out)).get("key", {}).get("images", {})
+    before = read_json(manifest(out))
+    for part in ("key", "images"):
+        before = before.get(part) if isinstance(before, dict) else None
+    if not isinstance(before, dict):
+        raise InputDataError(
+            f"{manifest(out)}: not the manifest of a prediction set: give another --name, or remove it"
+        )
     lost = sorted(before.keys() - key["images"].keys())
     if lost:
         raise UsageError(

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from stas import distributed
-from stas.checkpoint import load_newest, restore_optimizer
+from stas.checkpoint import fitting, load_newest, restore_optimizer
 from stas.config import Recipe, dump_recipe, parse_recipe
 from stas.distributed import Ranks
 from stas.errors import UsageError
@@ -56,6 +56,10 @@ class Progress:
         """From a checkpoint; with another number of ranks than it was made by, the first takes all of the sum."""
         sums = values["loss_sum"]
         mine = sums[ranks.rank] if len(sums) == ranks.size else sum(sums) if ranks.first else 0.0
+        numbers = [*values.values(), *sums]
+        numbers.remove(sums)
+        if not all(type(number) in (int, float) and number >= 0 for number in numbers):
+            raise ValueError(f"progress {values} holds something else than numbers from 0 on")
         return replace(cls(**values), loss_sum=mine)
 
 
@@ -101,28 +105,31 @@ def set_up(recipe: Recipe, workspace: Workspace, paths: RunPaths, ranks: Ranks) 
     if recipe.train.batch < ranks.size:
         raise UsageError(f"train.batch = {recipe.train.batch} images over {ranks.size} ranks: give each at least one")
     saved = load_newest(paths)
-    progress = Progress.from_json(saved.facts["progress"], ranks) if saved else Progress()
-    if saved:
-        _check_same_recipe(recipe, parse_recipe(saved.facts["recipe"], str(paths.root)), paths)
+    with fitting(paths.root):
+        progress = Progress.from_json(saved.facts["progress"], ranks) if saved else Progress()
+        if saved:
+            _check_same_recipe(recipe, parse_recipe(saved.facts["recipe"], str(paths.root)), paths)
     store = open_store(workspace, recipe.data)
-    if saved and saved.facts["store"] != store.key:
+    if saved and saved.facts.get("store") != store.key:
         raise UsageError(
-            f"{paths.root} was trained on store {saved.facts['store']}, the newest is {store.key}: "
+            f"{paths.root} was trained on store {saved.facts.get('store')}, the newest is {store.key}: "
             "the data changed; begin a new run with --run"
         )
     training, validation = split_samples(store.samples, recipe.data.split)
     torch.manual_seed(recipe.train.seed)
     network = build_network(recipe.model, recipe.data.size, pretrained=saved is None)
     if saved:
-        network.load_state_dict(saved.network)
+        with fitting(paths.root):
+            network.load_state_dict(saved.network)
     network.to(ranks.device)
     if recipe.train.channels_last:
         network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     optimizer = build_optimizer(network.parameters(), recipe.optimizer)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=recipe.train.precision == "fp16")
     if saved:
-        restore_optimizer(optimizer, saved.optimizer)
-        scaler.load_state_dict(saved.facts["scaler"])
+        with fitting(paths.root):
+            restore_optimizer(optimizer, saved.optimizer)
+            scaler.load_state_dict(saved.facts["scaler"])
         log.info("%s: going on after epoch %d, step %d", paths.root, progress.epoch, progress.step)
     elif ranks.first:
         write_text(paths.recipe, dump_recipe(recipe))

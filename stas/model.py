@@ -42,7 +42,7 @@ def _build_smp(model: Model, size: tuple[int, int], pretrained: bool) -> nn.Modu
     arguments = encoder_arguments(model) if pretrained else {"encoder_weights": None}
     try:
         network = architecture(encoder_name=model.encoder, in_channels=3, classes=1, **arguments, **model.options)
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except (TypeError, ValueError, AssertionError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise UsageError(
             f"{model.architecture} with encoder {model.encoder!r} and options {model.options} cannot be built: {error}"
         ) from error
@@ -68,7 +68,7 @@ def _build_monai(model: Model, size: tuple[int, int]) -> nn.Module:
     arguments = {key: value for key, value in given.items() if key in parameters} | model.options
     try:
         return FirstOutput(cast(nn.Module, architecture(**arguments)))
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, AssertionError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise UsageError(
             f"MONAI's {model.architecture} with {arguments} cannot be built: {error}; model.options holds its arguments"
         ) from error

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from stas import paths
 from stas.errors import InputDataError, UsageError
 from stas.files import exchange, read_json, sha256, sync_directory, write_json
-from stas.images import grey_size, list_images, read_grey
+from stas.images import MAX_IMAGE_BYTES, grey_size, is_plain_stem, list_images, read_grey
 from stas.locks import lock
 
 log = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ def log_graded(name: str, graded: int, total: int) -> None:
 
 def digest(files: Iterable[Path]) -> str:
     """One SHA-256 for many files: of the lines '<name> <sha256 of the file>' in the given order."""
-    lines = "".join(f"{path.name} {sha256(path)}\n" for path in files)
+    lines = "".join(f"{path.name} {sha256(path, MAX_IMAGE_BYTES)}\n" for path in files)
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
@@ -154,10 +154,13 @@ def is_finished(directory: Path, key: dict[str, Any]) -> bool:
     """
     try:
         manifest = read_json(paths.manifest(directory))
-        stems = list(manifest["images"])
-        same = manifest["key"] == json.loads(json.dumps(key))  # as JSON would give it back: tuples become lists
-    except (InputDataError, KeyError, TypeError):
+    except InputDataError:
         return False
+    if not isinstance(manifest, dict) or not isinstance(stems := manifest.get("images"), dict):
+        return False
+    if not all(is_plain_stem(stem) for stem in stems):  # none is looked for outside of the directory
+        return False
+    same = manifest.get("key") == json.loads(json.dumps(key))  # as JSON would give it back: tuples become lists
     files = [paths.prediction(directory, stem) for stem in stems]
     if manifest.get("probabilities"):
         files += [paths.probability(directory, stem) for stem in stems]

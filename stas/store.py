@@ -28,7 +28,7 @@ from stas.config import Data
 from stas.errors import InputDataError, UsageError
 from stas.files import atomic_write, read_json, remove_leftovers, write_json
 from stas.filesystems import on_network
-from stas.images import MAX_PIXELS, MAX_SIDE, MAX_STEM_BYTES
+from stas.images import MAX_PIXELS, MAX_SIDE, is_plain_stem
 from stas.paths import Workspace, cache_directory, manifest, store_data
 from stas.store_check import check_data_file
 from stas.untrusted import shown
@@ -44,7 +44,7 @@ _MAKE_AGAIN = "delete the store and run `stas preprocess` again"
 
 def _plain_stem(stem: str) -> str:
     """A stem that names a file in a directory, and none outside of it."""
-    if not stem or stem.startswith(".") or set(stem) & {"/", "\0"} or len(stem.encode()) > MAX_STEM_BYTES:
+    if not is_plain_stem(stem):
         raise ValueError("not the stem of a file in one directory")
     return stem
 

