@@ -23,11 +23,11 @@ from stas.checkpoint import CheckpointWriter, take_snapshot
 from stas.config import Recipe
 from stas.curves import draw_curves
 from stas.errors import StoppedEarly, TrainingError
-from stas.files import append_json_line
+from stas.files import append_json_line, remove_leftovers
 from stas.job import Job, Progress, set_up
 from stas.loader import Batch, epoch_batches, prefetch, steps_per_epoch
 from stas.optim import rate_factor, set_learning_rate
-from stas.paths import Workspace
+from stas.paths import Workspace, lock
 from stas.progress import MetricsLog, bar, epoch_line, time_left
 from stas.resources import GIB, usage
 from stas.validate import validate
@@ -79,12 +79,21 @@ def train(
         checkpoint_every: seconds after which a checkpoint is written within an epoch; each epoch's end writes one.
 
     Raises:
-        StoppedEarly: SIGTERM or SIGUSR1 came; a checkpoint is written and the same command goes on.
+        StoppedEarly: SIGTERM or SIGUSR1 came; a checkpoint is written and the same command goes on. Or another process
+            trains this run, and still did after some minutes of waiting.
         TrainingError: the loss is not finite, or the GPU's memory does not suffice.
         UsageError: the run exists with another recipe; no store; a batch smaller than the number of ranks.
     """
     paths = workspace.run(run or recipe.name)
-    with distributed.join_ranks() as ranks, _stop_signal() as stop, ExitStack() as files:
+    with (
+        distributed.join_ranks() as ranks,
+        distributed.locked(lock(paths.root), ranks) as held,
+        _stop_signal() as stop,
+        ExitStack() as files,
+    ):
+        if held:
+            remove_leftovers(paths.root)
+            remove_leftovers(paths.checkpoint("last").parent)
         job, progress = set_up(recipe, workspace, paths, ranks)
         epochs, limit = recipe.train.epochs, math.inf if time_limit is None else time_limit
         if progress.ended(epochs, limit):
@@ -93,7 +102,7 @@ def train(
         metrics = None
         if ranks.first:
             metrics = files.enter_context(MetricsLog(paths.metrics, paths.tensorboard, progress.epoch))
-        clock, writer = Clock(progress.elapsed, limit, checkpoint_every), CheckpointWriter(paths)
+        clock, writer = Clock(progress.elapsed, limit, checkpoint_every), CheckpointWriter(paths, held)
         while not distributed.any_of(progress.ended(epochs, limit))[0]:
             train_loss, images = _train_epoch(job, progress, stop, clock, writer)
             val_loss, val_dice = validate(job)

@@ -17,8 +17,8 @@ import yaml
 from stas import train as train_module
 from stas.checkpoint import load_checkpoint
 from stas.config import Recipe
-from stas.errors import EXIT_FAILED, EXIT_RESUMABLE, TrainingError
-from stas.paths import RunPaths, Workspace
+from stas.errors import EXIT_FAILED, EXIT_RESUMABLE, StoppedEarly, TrainingError
+from stas.paths import RunPaths, Workspace, lock
 from stas.progress import read_metrics
 from stas.train import train
 from tests.launch import QUIET, stas
@@ -199,3 +199,42 @@ def test_memory_that_does_not_suffice_names_what_to_lower(
     monkeypatch.setattr(train_module, "_backward", full)
     with pytest.raises(TrainingError, match=r"4 images of 64 x 64 on each of 1 ranks, peak .*lower train\.batch \(4"):
         train(tiny, store_workspace, "full")
+
+
+def test_two_trainings_of_one_run_take_turns(store_workspace: Workspace, tiny: Recipe, tmp_path: Path):
+    path = recipe_file(long_recipe(tiny, epochs=1_000_000), tmp_path)
+    again = ["train", "--recipe", path, "--workspace", store_workspace.root, "--run", "twice"]
+    run = store_workspace.run("twice")
+    with start(*again) as first, start(*again) as second:
+        assert wait_for_epochs(first, run, 1)  # one of the two, whichever
+        holder = json.loads(lock(run.root).read_text())["pid"]
+        holding, waiting = (first, second) if holder == first.pid else (second, first)
+        assert waiting.stderr
+        said = next(line for line in waiting.stderr if "in use by" in line)
+        assert f"in use by host {os.uname().nodename}, process {holder}, since" in said
+        holding.send_signal(signal.SIGTERM)
+        assert holding.wait(60) == EXIT_RESUMABLE
+        done = len(read_metrics(run.metrics))
+        assert wait_for_epochs(waiting, run, done + 2)
+        waiting.send_signal(signal.SIGTERM)
+        assert waiting.wait(60) == EXIT_RESUMABLE
+    records = [record["epoch"] for record in read_metrics(run.metrics)]
+    assert records == list(range(1, len(records) + 1)), "no epoch twice, none left out"
+
+
+def test_a_training_that_lost_its_lock_writes_nothing_more(
+    store_workspace: Workspace, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+):
+    """As after a freeze of minutes: somebody else holds the run's lock by then."""
+    run, ended = store_workspace.run("robbed"), train_module._end_epoch
+
+    def robbed(progress, clock, val_loss):
+        ended(progress, clock, val_loss)
+        if progress.epoch == 2:
+            file = lock(run.root)
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"token": "0" * 32}))
+
+    monkeypatch.setattr(train_module, "_end_epoch", robbed)
+    with pytest.raises(StoppedEarly, match="lost its lock"):
+        train(changed(tiny, train={"epochs": 5}), store_workspace, "robbed")
+    assert position(run) == (1, 0)

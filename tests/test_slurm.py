@@ -183,13 +183,13 @@ def test_a_job_cut_off_by_its_walltime_is_requeued_and_goes_on(slurm: Slurm, sit
 
 def test_three_interruptions_in_a_row_change_nothing(slurm: Slurm, site: SimpleNamespace):
     """Slurm's warning, sent by hand: each time a checkpoint, exit code 75, the queue again, and on."""
-    write_recipe(site.root / "thrice.yaml", epochs=240)
+    write_recipe(site.root / "thrice.yaml", epochs=120)
     ensemble = write_ensemble(site.root / "thrice-alone.yaml", "thrice", "one")
     job = submit(slurm, site, "train", "--array=0", "--gpus-per-node=1", ENSEMBLE=str(ensemble))
     run = site.workspace.run("thrice")
     for restarts in range(3):
         before = epochs(run)
-        wait_until(lambda before=before: epochs(run) > before + 20, "epochs")
+        wait_until(lambda before=before: epochs(run) > before + 10, "epochs")
         slurm.run("scancel", "--signal=USR1", "--batch", f"{job}_0")
         wait_until(lambda after=restarts + 1: slurm.facts(job)[0]["Restarts"] == str(after), "the queue")
     assert slurm.wait(job) == ["COMPLETED"], log_of(site, job)
