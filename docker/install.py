@@ -65,11 +65,19 @@ def to_install(
     Args:
         pins: the lock's requirements for this Python and platform.
         base: the version of every package that is there, by canonical name.
-        constraints: the base's own; where one names a package, it decides the version and the lock's pin yields.
+        constraints: the base's own; where one forbids the lock's version, the lock yields.
     """
-    constrained = {name_of(constraint) for constraint in constraints}
+    limits = {name_of(constraint): constraint for constraint in constraints}
     missing = [pin for pin in pins if name_of(pin) not in base and not comes_with_torch(name_of(pin))]
-    return [Requirement(pin.name) if name_of(pin) in constrained else pin for pin in missing]
+    return [pin if allows(limits.get(name_of(pin)), pin) else Requirement(pin.name) for pin in missing]
+
+
+def allows(constraint: Requirement | None, pin: Requirement) -> bool:
+    """Whether a constraint, if there is one, admits the version of a pin."""
+    if constraint is None:
+        return True
+    versions = [specifier.version for specifier in pin.specifier]
+    return not constraint.url and all(constraint.specifier.contains(version, prereleases=True) for version in versions)
 
 
 def to_replace(complaints: Iterable[str], pins: Iterable[Requirement]) -> list[Requirement]:

@@ -67,12 +67,17 @@ def test_torch_and_what_belongs_to_its_build_are_never_installed_with_the_rest()
         assert names(install.to_install(pins, base)) == ["nvidia-ml-py==13.6", "torchmetrics==1.8"]
 
 
-def test_the_constraints_of_the_base_decide_versions():
-    pins = requirements("einops==0.8.2", "timm==1.0.31")
-    assert names(install.to_install(pins, {}, requirements("Einops==0.8.1", "torch==2.6.0"))) == [
-        "einops",
-        "timm==1.0.31",
-    ]
+@pytest.mark.parametrize(
+    ("constraint", "installed"),
+    [
+        ("Einops==0.8.1", "einops"),  # pip takes the constraint's version
+        ("einops @ file:///einops.whl", "einops"),
+        ("einops>=0.7", "einops==0.8.2"),
+        ("torch==2.6.0", "einops==0.8.2"),
+    ],
+)
+def test_the_lock_yields_to_the_constraints_of_the_base(constraint: str, installed: str):
+    assert names(install.to_install(requirements("einops==0.8.2"), {}, requirements(constraint))) == [installed]
 
 
 def test_lines_for_another_python_or_platform_and_comments_are_left_out():
