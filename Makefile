@@ -34,6 +34,8 @@ chaos: install  ## kill and starve every stage at every file operation; takes lo
 lint: install  ## check style and format
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/shellcheck .ci/run docker/run docker/entrypoint.sh docker/stas scripts/demo scripts/submit_* slurm/*
+	$(VENV)/bin/hadolint docker/Dockerfile
 
 type: install  ## check types
 	$(VENV)/bin/pyright
