@@ -107,11 +107,12 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
 
 def sync_directory(directory: Path) -> None:
     """Make the renames in `directory` survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with named_errors(directory):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

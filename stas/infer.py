@@ -91,7 +91,7 @@ def infer(
             digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
             partial = out.with_name(f".{out.name}.{digest}.partial")
             if ranks.first:
-                tidy(out, keep=partial)
+                tidy(out, keep=None if is_finished(out, key) else partial)
             if distributed.any_of(ranks.first and is_finished(out, key))[0]:
                 log.info("%s: another process has made the masks of %d images", out, len(files))
                 return out

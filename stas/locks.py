@@ -29,6 +29,7 @@ from functools import cache
 from pathlib import Path
 
 from stas.errors import StoppedEarly
+from stas.files import named_errors
 
 log = logging.getLogger(__name__)
 
@@ -197,9 +198,9 @@ def _change(path: Path, holder: Holder, mine: Holder) -> Iterator[bool]:
 def _create(path: Path, mine: Holder) -> float:
     """Make the lock file if there is none, whole from the beginning; return the file server's time."""
     candidate = _candidate(path, mine)
-    _write(candidate, mine)
     now = -math.inf
     try:
+        _write(candidate, mine)
         now = candidate.stat().st_mtime
         os.link(candidate, path)
     except (FileExistsError, FileNotFoundError):  # the second where a new holder has swept the candidate away
@@ -250,7 +251,7 @@ def _read(path: Path) -> Holder | None:
 
 
 def _write(path: Path, mine: Holder) -> None:
-    with open(path, "w") as file:
+    with named_errors(path), open(path, "w") as file:
         file.write(json.dumps(asdict(mine)))
 
 

@@ -42,10 +42,11 @@ class MetricsLog:
                 line = line[self._file.write(line) :]
             os.fsync(self._file.fileno())
         self.records.append(record)
-        for key, value in record.items():
-            if key != "epoch" and isinstance(value, (int, float)) and not isinstance(value, bool):
-                self._events.add_scalar(key, value, record["epoch"])
-        self._events.flush()
+        with named_errors(Path(self._events.log_dir)):
+            for key, value in record.items():
+                if key != "epoch" and isinstance(value, (int, float)) and not isinstance(value, bool):
+                    self._events.add_scalar(key, value, record["epoch"])
+            self._events.flush()
 
     def close(self) -> None:
         self._file.close()

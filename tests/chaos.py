@@ -124,10 +124,10 @@ class Walk:
     def refuse(self, call: Call, error: str, words: str) -> None:
         """Let one call fail; the stage must say so, or have done its work all the same."""
         outcome = self._with_fault(call, f"error={error}")
-        assert outcome.code in (0, 1, 2, 3, 75), f"{call}: {outcome}"
+        assert outcome.code in (0, 1), f"{call}: {outcome}"
         assert "Traceback" not in outcome.said, f"{call}: {outcome.said}"
         if outcome.code:
-            assert re.search(words, outcome.said), f"{call}: {outcome}"
+            assert re.search(words, outcome.said, re.M), f"{call}: {outcome}"
             self.refused["told"] += 1
         else:
             self.refused["unhurt"] += 1
@@ -169,7 +169,7 @@ class Walk:
             if found := re.match(r"(\d+) +((\w+)\(.*)", line):
                 thread, text, name = found.groups()
                 counts[thread, name] += 1
-                if str(self.root) in text and not READS.match(text):
+                if str(self.root) in text and not READS.match(text) and "tfevents" not in text:  # nobody reads these on
                     calls.setdefault((name, counts[thread, name]), Call(name, counts[thread, name], text))
         return list(calls.values())
 
@@ -202,11 +202,13 @@ def hidden(root: Path) -> list[Path]:
 def run(work: Callable[[Path], None], root: Path, strace: list[str] | None = None) -> Outcome:
     """Run a stage in a forked process, as the command line would, with strace attached to it from the start."""
     said = root.with_name("stderr")
+    errors = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     ready, go = os.pipe()
     pid = os.fork()
     if pid == 0:
-        _child(work, root, ready, go, said)
+        _child(work, root, ready, go, errors)
     os.close(ready)
+    os.close(errors)
     tracer = None
     if strace is not None:
         tracer = subprocess.Popen(["strace", "-f", "-p", str(pid), *strace], stderr=subprocess.PIPE, text=True)
@@ -221,14 +223,13 @@ def run(work: Callable[[Path], None], root: Path, strace: list[str] | None = Non
     return Outcome(code, said.read_text(errors="replace"))
 
 
-def _child(work: Callable[[Path], None], root: Path, ready: int, go: int, said: Path) -> None:
+def _child(work: Callable[[Path], None], root: Path, ready: int, go: int, errors: int) -> None:
     code = CRASHED
     try:
         os.close(go)
-        os.read(ready, 1)
-        descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(descriptor, 2)
-        os.dup2(descriptor, 1)
+        os.read(ready, 1)  # strace is there
+        os.dup2(errors, 2)
+        os.dup2(errors, 1)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
         for module in (checkpoint, infer, predictions):
             module.ThreadPoolExecutor = Inline  # pyright: ignore[reportAttributeAccessIssue]

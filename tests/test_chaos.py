@@ -239,3 +239,28 @@ def test_killed_at_a_few_file_operations(walk: Walk):
 def test_killed_at_every_file_operation(walk: Walk):
     for call in walk.calls:
         walk.kill_at(call)
+
+
+REFUSALS = {
+    "ENOSPC": r"No space left on device \(\d+\.\d of \d+ MiB are free\): free some space",
+    "EDQUOT": "Disk quota exceeded: remove what is not needed",
+    "EROFS": "Read-only file system: mount the volume for writing",
+    "EIO": "Input/output error: the disk or its network failed",
+}
+
+
+def refusable(walk: Walk) -> list:
+    """The calls that a full disk refuses."""
+    return [call for call in walk.calls if call.name not in ("unlink", "unlinkat", "rmdir", "utimensat")]
+
+
+def test_refused_by_a_full_disk_at_a_few_file_operations(walk: Walk):
+    for call in some(refusable(walk)):
+        walk.refuse(call, "ENOSPC", rf"^stas: {walk.root}.*{REFUSALS['ENOSPC']}")
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("error", REFUSALS)
+def test_refused_at_every_file_operation(walk: Walk, error: str):
+    for call in refusable(walk):
+        walk.refuse(call, error, rf"^stas: {walk.root}.*{REFUSALS[error]}")
