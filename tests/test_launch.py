@@ -100,8 +100,8 @@ def test_two_launchers_meet_and_train_as_two_nodes(store_workspace: Workspace, t
         free.bind(("127.0.0.1", 0))
         place = f"127.0.0.1:{free.getsockname()[1]}"
     node = ["--nodes", 2, "--processes", 1, "--rendezvous", place, "--job", "both"]
-    arguments = [*node, "train", "--recipe", path, "--workspace", store_workspace.root, "--run", "two-nodes"]
-    with start(arguments) as first, start(arguments) as second:
+    arguments = ["train", "--recipe", path, "--workspace", store_workspace.root, "--run", "two-nodes"]
+    with start([*node, "--node", 1, *arguments]) as second, start([*node, "--node", 0, *arguments]) as first:
         said = first.communicate(timeout=120)[1] + second.communicate(timeout=120)[1]
     assert (first.returncode, second.returncode) == (0, 0), said
     assert len(re.findall(r"epoch +2/2", said)) == 1  # one rank speaks

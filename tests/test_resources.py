@@ -1,5 +1,6 @@
 """Readings of memory and GPUs."""
 
+import os
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -8,7 +9,7 @@ import psutil
 import pytest
 
 from stas import resources
-from stas.resources import cgroup_memory, usage, visible_gpus
+from stas.resources import cgroup_memory, cores, usage, visible_gpus
 
 
 def _tree(root: Path, files: dict[str, str]) -> Path:
@@ -142,3 +143,24 @@ def test_gpus_are_numbered_as_cuda_shows_them(monkeypatch: pytest.MonkeyPatch):
         "gpu1_util_percent": 87.0,
     }
     assert fake.open == 0
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"pod/cpu.max": "150000 100000\n"}, 2),  # a core and a half: two threads
+        ({"pod/cpu.max": "max 100000\n"}, 8),
+        ({"cpu.max": "100000 100000\n", "pod/cpu.max": "400000 100000\n"}, 1),  # the parent binds
+        ({"cpu/pod/cpu.cfs_quota_us": "300000\n", "cpu/pod/cpu.cfs_period_us": "100000\n"}, 3),
+        ({"cpu/pod/cpu.cfs_quota_us": "-1\n", "cpu/pod/cpu.cfs_period_us": "100000\n"}, 8),
+        ({}, 8),
+    ],
+)
+def test_cores_are_those_of_the_container(tmp_path, monkeypatch, files, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    membership = tmp_path / "membership"
+    membership.write_text("3:cpu,cpuacct:/pod\n" if any(name.startswith("cpu/") for name in files) else "0::/pod\n")
+    assert cores(membership, tmp_path) == expected
