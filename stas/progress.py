@@ -50,7 +50,8 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
-        self._events.close()
+        with named_errors(Path(self._events.log_dir)):
+            self._events.close()
 
     def __enter__(self) -> "MetricsLog":
         return self
