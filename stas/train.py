@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from stas import distributed
-from stas.checkpoint import CheckpointWriter, take_snapshot
+from stas.checkpoint import CheckpointWriter, clear_up, take_snapshot
 from stas.config import Recipe
 from stas.curves import draw_curves
 from stas.errors import StoppedEarly, TrainingError
-from stas.files import append_json_line, remove_leftovers
+from stas.files import append_json_line
 from stas.job import Job, Progress, set_up
 from stas.loader import Batch, epoch_batches, prefetch, steps_per_epoch
 from stas.optim import rate_factor, set_learning_rate
@@ -92,8 +92,7 @@ def train(
         ExitStack() as files,
     ):
         if held:
-            remove_leftovers(paths.root)
-            remove_leftovers(paths.checkpoint("last").parent)
+            clear_up(paths)
         job, progress = set_up(recipe, workspace, paths, ranks)
         epochs, limit = recipe.train.epochs, math.inf if time_limit is None else time_limit
         if progress.ended(epochs, limit):

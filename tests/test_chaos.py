@@ -163,7 +163,6 @@ def scenarios(two_images: Path, trained: RunPaths, store_workspace: Workspace, t
         shutil.copytree(store_workspace.stores, root / "stores")
 
     def train_run(root: Path) -> None:
-        clear_up(Workspace(root).run("run"))
         train(tiny, Workspace(root), "run")
 
     def trained_state(root: Path):
