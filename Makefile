@@ -4,7 +4,7 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quick chaos lint type lock clean
+.PHONY: help install demo test quick chaos fuzz lint type lock clean
 .PHONY: image image-v100 image-cpu run-preprocess run-train run-infer run-vote run-evaluate run-local
 
 help:  ## list the targets
@@ -30,6 +30,9 @@ quick: install  ## run the tests that take seconds
 
 chaos: install  ## kill and starve every stage at every file operation; takes long
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n auto -m chaos -rs
+
+fuzz: install  ## hostile files for every reader, ten thousand each; takes half an hour
+	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(or $(EXAMPLES),10000) $(VENV)/bin/pytest -n auto -rP tests/test_hostile.py
 
 lint: install  ## check style and format
 	$(VENV)/bin/ruff check .

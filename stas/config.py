@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from stas.errors import InputDataError, UsageError
 from stas.untrusted import MAX_YAML_BYTES, parse_yaml, read_bounded, shown
 
+MANY = 10**9  # of anything that is counted; Python cannot even write some larger numbers down
 RECIPES = Path(__file__).parent / "recipes"
 PROBLEMS_SHOWN = 20  # of a recipe; a file that is something else has thousands
 # Arguments of timm's create_model and smp's encoders that say where weights come from: model.weights alone does.
@@ -37,12 +38,12 @@ class Split(Section):
     """Which samples, in sorted order of their stems, are for validation."""
 
     kind: Literal["first", "fraction", "list", "kfold"] = "first"
-    count: int = Field(default=237, ge=1, description="first: this many samples from the start")
+    count: int = Field(default=237, ge=1, le=MANY, description="first: this many samples from the start")
     fraction: float = Field(default=0.2, gt=0, lt=1, description="fraction: this share, drawn with `seed`")
-    folds: int = Field(default=5, ge=2, description="kfold: number of folds, stratified by foreground area")
+    folds: int = Field(default=5, ge=2, le=MANY, description="kfold: number of folds, stratified by foreground area")
     fold: int = Field(default=0, ge=0, description="kfold: the fold for validation, from 0")
     file: Path | None = Field(default=None, description="list: a text file with one stem per line")
-    seed: int = 0
+    seed: int = Field(default=0, ge=-MANY, le=MANY)
 
     @model_validator(mode="after")
     def _complete(self) -> "Split":
@@ -195,19 +196,19 @@ class Augment(Section):
 
 
 class Train(Section):
-    batch: int = Field(default=16, ge=1, description="images a step over all ranks together")
-    epochs: int = Field(default=500, ge=1)
+    batch: int = Field(default=16, ge=1, le=MANY, description="images a step over all ranks together")
+    epochs: int = Field(default=500, ge=1, le=MANY)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = False
     compile: bool = False
     max_bad_steps: int = Field(
-        default=0, ge=0, description="steps with a loss or gradient that is not finite which a run may skip"
+        default=0, ge=0, le=MANY, description="steps with a loss or gradient that is not finite which a run may skip"
     )
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MANY)
 
 
 class Infer(Section):
-    batch: int = Field(default=4, ge=1, description="images at once on each rank")
+    batch: int = Field(default=4, ge=1, le=MANY, description="images at once on each rank")
     threshold: float = Field(
         default=0.5, gt=0, lt=1, description="a pixel is foreground when its probability is above this"
     )

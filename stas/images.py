@@ -53,11 +53,10 @@ def list_images(directory: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> 
         check_stem(path)
         other = folded.setdefault(fold(path.stem), path)
         if other != path:
-            same = (
-                f"share the stem {path.stem!r}" if other.stem == path.stem else f"have stems of one name ({SAME_NAME})"
-            )
+            but = "" if other.stem == path.stem else SAME_NAME
             raise InputDataError(
-                f"{directory}: {other.name} and {path.name} {same}, which names their masks: rename one"
+                f"{directory}: {other.name} and {path.name} share the stem {path.stem!r}{but}, "
+                "which names their masks: rename one"
             )
         found[path.stem] = path
     if not found:
@@ -114,6 +113,8 @@ def read_image(source: Path | bytes) -> NDArray[np.uint8]:
 def image_size(source: Path | bytes) -> tuple[int, int]:
     """(height, width) in pixels after EXIF orientation, without decoding the pixels."""
     image = _open(source, decode=False)
+    if image.format == "TIFF":  # which Pillow turns itself, its size before or when the pixels are decoded
+        image = _open(source)
     width, height = image.size
     turned = _orientation(source, image) in (5, 6, 7, 8)
     return (width, height) if turned else (height, width)
@@ -121,16 +122,16 @@ def image_size(source: Path | bytes) -> tuple[int, int]:
 
 def grey_size(path: Path) -> tuple[int, int]:
     """(height, width) of what `read_grey` returns, from the file's head; `image_size` decodes a PNG to find EXIF."""
-    image = _open(path, decode=False)
+    image = _open(path, decode=False, formats=("PNG",))
     return image.height, image.width
 
 
 def read_grey(path: Path) -> NDArray[np.uint8] | NDArray[np.uint16]:
-    """Read a single-channel picture of another maker as it stands: (height, width), uint8 or uint16.
+    """Read a single-channel PNG of another maker as it stands: (height, width), uint8 or uint16.
 
     Modes 1, L, P, RGB, LA and RGBA become 8-bit luminance (transparency ignored); 16-bit grey stays 16-bit.
     """
-    image = _open(path)
+    image = _open(path, formats=("PNG",))
     if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
         values = np.asarray(image)
         if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
@@ -157,12 +158,12 @@ def write_probability(path: Path, probability: NDArray[np.float32]) -> None:
         Image.fromarray(scaled).save(file, "PNG", compress_level=1)
 
 
-def _open(source: Path | bytes, decode: bool = True) -> Image.Image:
+def _open(source: Path | bytes, decode: bool = True, formats: tuple[str, ...] = _FORMATS) -> Image.Image:
     name = _name(source)
     if isinstance(source, Path):
         check_file(source, MAX_IMAGE_BYTES)
     try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS)
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
         width, height = image.size
         if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
             raise InputDataError(

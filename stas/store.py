@@ -255,9 +255,9 @@ def open_store(workspace: Workspace, data: Data) -> Store:
         )
     content = read_json(pointer)
     key = content.get("store") if isinstance(content, dict) else None
-    if not isinstance(key, str) or Path(key).name != key:  # a path would lead out of the workspace
+    if not is_plain_stem(key):  # a path would lead out of the workspace
         raise InputDataError(f"{pointer}: names no store ({shown(key)}): delete it and run `stas preprocess` again")
-    return Store(workspace.store(key))
+    return Store(workspace.store(str(key)))
 
 
 def point_to(workspace: Workspace, store: Store) -> None:

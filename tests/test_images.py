@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from stas.errors import InputDataError
-from stas.images import image_size, list_images, read_grey, read_image, write_mask, write_probability
+from stas.images import grey_size, image_size, list_images, read_grey, read_image, write_mask, write_probability
 
 GREY = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
 RED = (200, 10, 30)
@@ -134,3 +134,35 @@ def test_no_images_is_an_error(tmp_path):
         list_images(tmp_path)
     with pytest.raises(InputDataError, match="not a directory"):
         list_images(tmp_path / "gone")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("a.jpg", "A.png"), ("e\u0301.png", "\u00e9.png"), ("stra\u00dfe.png", "STRASSE.png")]
+)
+def test_stems_that_are_one_name_elsewhere_are_refused(tmp_path, one, other):
+    for name in (one, other):
+        (tmp_path / name).touch()
+    with pytest.raises(
+        InputDataError, match="but for case or the form of accents, which names their masks: rename one"
+    ):
+        list_images(tmp_path)
+
+
+def test_a_stem_too_long_for_its_mask_is_refused(tmp_path):
+    (tmp_path / ("\u00e9" * 76 + ".png")).touch()
+    with pytest.raises(InputDataError, match="a stem of 152 bytes, more than 150: rename it"):
+        list_images(tmp_path)
+
+
+def test_a_tiff_that_lies_on_its_side_has_one_size(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = save(tmp_path / "a.tif", Image.new("RGB", (30, 20)), exif=exif)
+    assert read_image(path).shape == (*image_size(path), 3) == (30, 20, 3)
+
+
+def test_a_mask_is_a_png_whatever_its_name(tmp_path):
+    Image.fromarray(GREY).save(tmp_path / "a.png", "TIFF")
+    for read in (read_grey, grey_size):
+        with pytest.raises(InputDataError, match="not readable as an image"):
+            read(tmp_path / "a.png")

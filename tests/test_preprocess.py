@@ -317,7 +317,26 @@ def second_annotation(cases: Cases) -> Path:
     return cases.json("bad", imagePath="../images/good.png")
 
 
+def links_in_a_circle(cases: Cases) -> Path:
+    (cases.images / "bad.png").symlink_to("bad.png")
+    return cases.json("bad")
+
+
+def pipe(cases: Cases) -> Path:
+    cases.image("bad")
+    os.mkfifo(cases.annotations / "bad.json")
+    return cases.annotations / "bad.json"
+
+
+def hours_of_drawing(cases: Cases) -> Path:
+    cases.pair("bad", *[rectangle(0, 0, 90_000, 0, kind="circle")] * 200)
+    return cases.annotations / "bad.json"
+
+
 BAD = [
+    (links_in_a_circle, "not readable ("),
+    (pipe, "not a regular file"),
+    (hours_of_drawing, "too often to be drawn"),
     (no_annotation, "no annotation of this stem"),
     (no_image, "no image, neither of this stem, nor at imagePath 'bad.png'"),
     (no_image_for_a_mask, "no image of this stem"),
@@ -353,6 +372,24 @@ def test_a_bad_pair_is_refused_or_skipped(cases, make, reason):
     assert file not in entry["reason"]
     with pytest.raises(InputDataError, match="1 files cannot be used"):  # also where the store is there by now
         cases.run()
+
+
+def test_an_image_whose_name_is_not_utf8_is_refused(cases):
+    cases.image(os.fsdecode(b"\xe9"))
+    cases.json("bad", imagePath="../images/" + os.fsdecode(b"\xe9.png"))
+    assert "bad.json: the name of its image " in cases.problem()
+    (entry, _) = cases.run(skip_bad=True).skipped  # a manifest can be written
+    assert "is not UTF-8" in entry["reason"]
+
+
+def test_annotations_that_are_one_name_elsewhere_are_both_refused(cases):
+    cases.pair("bad")
+    cases.json("Bad", imagePath="../images/bad.png")
+    message = cases.problem()
+    assert "2 files cannot be used" in message
+    assert "Bad.json annotates the same image, the stem being the same but for case" in message
+    assert "bad.json annotates the same image, the stem being the same but for case" in message
+    assert [entry["stem"] for entry in cases.run(skip_bad=True).samples] == ["good", "more"]
 
 
 def test_all_bad_pairs_are_listed(cases):

@@ -1,0 +1,626 @@
+"""Files from strangers: every reader gives a result or a refusal in words, soon, and within bounds of memory.
+
+The short run tries the same 150 inputs for each reader; `make fuzz` tries ten thousand new ones for each. Bounds of
+memory, beyond what the process has after its imports: an image 2.6 GiB (1.8 are the most that was seen), JSON 2.4 GiB,
+everything else 200 MiB.
+"""
+
+import io
+import json
+import math
+import os
+import re
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+
+from stas import weights
+from stas.annotations import find_image, rasterise, read_labelme
+from stas.checkpoint import fitting, load_checkpoint, restore_optimizer, save_checkpoint, take_snapshot
+from stas.config import RECIPES, Data, Optimizer, Split, load_recipe, parse_recipe, recipe_names
+from stas.distributed import Ranks
+from stas.ensemble import ENSEMBLES, load_ensemble
+from stas.errors import InputDataError, UsageError
+from stas.images import MAX_PIXELS, grey_size, image_size, read_grey, read_image
+from stas.infer import _check_same_images
+from stas.job import Progress
+from stas.optim import build_optimizer
+from stas.paths import Workspace, manifest, store_data
+from stas.predictions import is_finished, read_member_mask, write_manifest
+from stas.split import split_samples
+from stas.store import Store, open_store
+from tests import test_store
+from tests.fuzzing import PROFILE, TEXTS, VALUES, Referee, altered, json_files, pictures, repair_png, spoilt
+from tests.test_annotations import TRIANGLE, shape
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of the tags that it passes over
+PICTURES = pictures()
+LABELME = {
+    "version": "5.0.1",
+    "flags": {},
+    "shapes": [
+        shape(TRIANGLE),
+        shape([[1, 2], [30, 40]], "rectangle"),
+        shape([[20, 20], [25, 20]], "circle"),
+        shape([[1, 1], [9, 9], [1, 30]], "linestrip"),
+        shape([[5, 5]], "point"),
+        shape([[0, 0], [40, 9]], "line"),
+    ],
+    "imagePath": "..\\images\\photo.jpg",
+    "imageData": "aGVsbG8=",
+    "imageHeight": 40,
+    "imageWidth": 50,
+}
+
+
+@pytest.fixture
+def referee(request: pytest.FixtureRequest) -> Iterator[Referee]:
+    judge = Referee(request.node.name.removeprefix("test_fuzz_"))
+    yield judge
+    print(judge.report())
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    place = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("STAS_CACHE_DIR", str(place))
+    return place
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Iterator[Path]:
+    """A place for the reader's files, and around it a directory in which nothing may appear."""
+    place = tmp_path / "guarded" / "inner"
+    place.mkdir(parents=True)
+    yield place
+    assert list((tmp_path / "guarded").iterdir()) == [place]
+
+
+def test_fuzz_labelme(referee: Referee, outside: Path):
+    path = outside / "a.json"
+    (outside / "images").mkdir()
+    (outside / "images" / "photo.jpg").touch()
+
+    @PROFILE
+    @given(json_files([LABELME]))
+    def fuzz(content: bytes) -> None:
+        def read() -> None:
+            path.write_bytes(content)
+            annotation = read_labelme(path)
+            assert rasterise(annotation.shapes, (40, 50), "STAS", path).shape == (40, 50)
+            found = find_image(path, annotation, [outside / "images"])
+            assert not isinstance(found, Path) or found.resolve().is_relative_to(outside)
+            assert annotation.labels is not None
+
+        referee.judge(read)
+
+    fuzz()
+
+
+@pytest.mark.parametrize("kind", PICTURES)
+def test_fuzz_image(referee: Referee, outside: Path, kind: str):
+    path = outside / "a.png"
+    files = spoilt(PICTURES[kind])
+
+    @PROFILE
+    @given(files | files.map(repair_png) if kind == "png" else files)
+    def fuzz(content: bytes) -> None:
+        def read() -> None:
+            image = read_image(content)
+            assert image.shape == (*image_size(content), 3) and image.size
+
+        def read_mask() -> None:
+            path.write_bytes(content)
+            grey_size(path)
+            assert read_grey(path).ndim == 2
+            read_member_mask(path)
+
+        referee.judge(read)
+        referee.judge(read_mask)
+
+    fuzz()
+
+
+@pytest.fixture
+def store(outside: Path) -> Store:
+    return test_store.build(outside / "stores" / "key")
+
+
+def read_store(store: Store) -> None:
+    opened = Store(store.directory, network=False)
+    try:
+        for index in range(len(opened)):
+            assert opened.image(index).size and opened.mask(index).size and opened.full_mask(index).size
+        opened.verify()
+    finally:
+        opened.close()
+
+
+def test_fuzz_manifest_of_a_store(referee: Referee, store: Store):
+    path = manifest(store.directory)
+    whole = json.loads(path.read_text())
+
+    @PROFILE
+    @given(json_files([whole]))
+    def fuzz(content: bytes) -> None:
+        path.write_bytes(content)
+        referee.judge(lambda: read_store(store))
+
+    fuzz()
+
+
+def test_fuzz_data_of_a_store(referee: Referee, store: Store):
+    path = store_data(store.directory)
+    whole = path.read_bytes()
+    text = manifest(store.directory).read_text()
+
+    @PROFILE
+    @given(spoilt([whole]) | pages(whole))
+    def fuzz(content: bytes) -> None:
+        path.write_bytes(content)
+        manifest(store.directory).write_text(re.sub(r'"bytes": \d+', f'"bytes": {len(content)}', text))
+        referee.judge(lambda: read_store(store))
+
+    fuzz()
+
+
+@st.composite
+def pages(draw: st.DrawFn, whole: bytes) -> bytes:
+    """Data of LMDB with wrong numbers where it keeps its own: in metas, page headers and nodes."""
+    data = bytearray(whole)
+    for _ in range(draw(st.integers(1, 4))):
+        page = draw(st.integers(0, len(whole) // 4096 - 1)) * 4096
+        place = page + draw(st.integers(0, 159) | st.integers(0, 4088))
+        number = draw(
+            st.sampled_from([0, 1, 2, 3, 7, 99, 4095, 65535, 2**31, 2**47, 2**64 - 1]) | st.integers(0, 2**64 - 1)
+        )
+        form = draw(st.sampled_from(["<B", "<H", "<I", "<Q"]))
+        struct.pack_into(form, data, min(place, len(data) - 8), number & ((1 << 8 * struct.calcsize(form)) - 1))
+    return bytes(data)
+
+
+def test_fuzz_pointer_to_a_store(referee: Referee, outside: Path, store: Store):
+    workspace = Workspace(outside)
+    data = Data.model_validate({"size": test_store.SIZE})
+    path = workspace.dataset("STAS", test_store.SIZE)
+
+    @PROFILE
+    @given(json_files([{"store": "key"}]) | TEXTS.map(lambda text: json.dumps({"store": text}).encode()))
+    def fuzz(content: bytes) -> None:
+        path.write_bytes(content)
+
+        def read() -> None:
+            assert open_store(workspace, data).directory.parent == workspace.stores
+
+        referee.judge(read)
+
+    fuzz()
+
+
+def network_and_optimizer() -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2))
+    optimizer = build_optimizer(network.parameters(), Optimizer.model_validate({"lr": 0.01}))
+    network(torch.rand(1, 3, 5, 5)).sum().backward()
+    optimizer.step()
+    return network, optimizer
+
+
+FACTS = {
+    "recipe": {"name": "tiny"},
+    "run": "tiny",
+    "store": "key",
+    "validation": ["a", "b"],
+    "progress": {
+        "epoch": 1,
+        "step": 2,
+        "images": 3,
+        "loss_sum": [0.5],
+        "elapsed": 1.5,
+        "best_loss": 0.1,
+        "best_epoch": 1,
+    },
+    "scaler": {},
+}
+
+
+def load_all(path: Path) -> None:
+    """What training does with a checkpoint."""
+    saved = load_checkpoint(path)
+    network, optimizer = network_and_optimizer()
+    with fitting(path):
+        Progress.from_json(saved.facts["progress"], Ranks(0, 1, torch.device("cpu")))
+        parse_recipe(saved.facts["recipe"], str(path))
+        network.load_state_dict(saved.network)
+        restore_optimizer(optimizer, saved.optimizer)
+
+
+def sealed(data: bytes) -> bytes:
+    """With a right checksum, as somebody has it who made the file to harm."""
+    found = re.search(rb'\{\\"crc32\\": \\"([0-9a-f]{8})', data)
+    if not found:
+        return data
+    zeros = data[: found.start(1)] + b"00000000" + data[found.end(1) :]
+    return data[: found.start(1)] + f"{zlib.crc32(zeros):08x}".encode() + data[found.end(1) :]
+
+
+@st.composite
+def checkpoints(draw: st.DrawFn, whole: bytes) -> bytes:
+    """Checkpoints with another header, right in its length."""
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    if draw(st.booleans()):
+        stas = json.loads(header["__metadata__"]["stas"])
+        checksum = stas.pop("crc32", "00000000")
+        header["__metadata__"]["stas"] = json.dumps(
+            {"crc32": checksum} | draw(altered([stas]).filter(lambda v: isinstance(v, dict)))
+        )
+    else:
+        header = draw(altered([header]))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return len(text).to_bytes(8, "little") + text + whole[8 + length :]
+
+
+def test_fuzz_checkpoint(referee: Referee, outside: Path):
+    path = outside / "a.safetensors"
+    save_checkpoint(path, take_snapshot(network_and_optimizer()[0], FACTS, network_and_optimizer()[1]))
+    whole = path.read_bytes()
+    assert sealed(whole) == whole
+    load_all(path)
+
+    @PROFILE
+    @given(spoilt([whole]) | spoilt([whole]).map(sealed) | checkpoints(whole).map(sealed))
+    def fuzz(content: bytes) -> None:
+        path.write_bytes(content)
+        referee.judge(lambda: load_all(path))
+
+    fuzz()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_fuzz_weights(referee: Referee, outside: Path, suffix: str):
+    from safetensors.torch import save_file
+
+    path = outside / f"a{suffix}"
+    state = network_and_optimizer()[0].state_dict()
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    whole = path.read_bytes()
+
+    @PROFILE
+    @given(spoilt([whole]))
+    def fuzz(content: bytes) -> None:
+        path.write_bytes(content)
+        referee.judge(lambda: weights._read(path))
+
+    fuzz()
+
+
+YAML_MARKS = ["a: ", "- ", "[", "]", "{", "}", "&a ", "*a", "<<: ", "!!int ", "!!python/name:os.system ", "? ", "|\n"]
+YAML_MARKS += [">\n", "1:2:3", "2001-99-99", "!!timestamp x", "!!binary x", "\n", "  ", "name: ", "9" * 5000, "'", '"']
+YAML_MARKS += ["0x" + "f" * 4000, "train: ", "batch: ", "\t", "---\n", "%YAML 9.9\n", "#", ".nan", "~"]
+
+
+def yaml_files(texts: list[str]) -> st.SearchStrategy[bytes]:
+    values = [yaml.safe_load(text) for text in texts]
+    marks = st.lists(st.sampled_from(YAML_MARKS)).map(lambda parts: "".join(parts).encode())
+    written = altered(values).map(lambda value: json.dumps(value).encode())
+    return st.one_of(spoilt([text.encode() for text in texts]), written, marks, VALUES.map(json.dumps).map(str.encode))
+
+
+def test_fuzz_recipe(referee: Referee, outside: Path):
+    path = outside / "a.yaml"
+
+    @PROFILE
+    @given(yaml_files([(RECIPES / f"{name}.yaml").read_text() for name in recipe_names()]))
+    def fuzz(content: bytes) -> None:
+        path.write_bytes(content)
+        referee.judge(lambda: load_recipe(str(path)))
+
+    fuzz()
+
+
+def test_fuzz_setting(referee: Referee):
+    @PROFILE
+    @given(st.sampled_from(["train.batch", "model.options", "data", "x.y", "", "name"]), yaml_files(["a: 1"]))
+    def fuzz(key: str, content: bytes) -> None:
+        referee.judge(lambda: load_recipe("lite0", [f"{key}={content.decode(errors='replace')}"]))
+
+    fuzz()
+
+
+def test_fuzz_ensemble(referee: Referee, outside: Path):
+    path = outside / "a.yaml"
+    texts = [file.read_text() for file in ENSEMBLES.glob("*.yaml")]
+
+    @PROFILE
+    @given(yaml_files(texts) | TEXTS.map(lambda text: json.dumps({"members": ["lite0", text]}).encode()))
+    def fuzz(content: bytes) -> None:
+        path.write_bytes(content)
+        referee.judge(lambda: load_ensemble(str(path)))
+
+    fuzz()
+
+
+def test_fuzz_manifest_of_predictions(referee: Referee, outside: Path):
+    directory = outside / "set"
+    directory.mkdir()
+    key = {"images": {"a": "0"}, "run": "x"}
+    write_manifest(directory, {"key": key, "images": {"a": {"height": 2, "width": 3}}, "probabilities": True})
+    whole = json.loads(manifest(directory).read_text())
+
+    @PROFILE
+    @given(json_files([whole]))
+    def fuzz(content: bytes) -> None:
+        manifest(directory).write_bytes(content)
+        assert is_finished(directory, key) is False  # the mask is not there
+        referee.judge(lambda: _check_same_images(directory, key))
+
+    fuzz()
+
+
+def test_fuzz_list_of_a_split(referee: Referee, outside: Path, store: Store):
+    path = outside / "list.txt"
+    split = Split.model_validate({"kind": "list", "file": path})
+
+    @PROFILE
+    @given(spoilt([b"s0\ns1\n", b"# text\ns2\n"]))
+    def fuzz(content: bytes) -> None:
+        path.write_bytes(content)
+        referee.judge(lambda: split_samples(store.samples, split))
+
+    fuzz()
+
+
+# Each bomb is read in a process of its own, whose memory is measured. (MiB beyond the imports, seconds)
+IMAGE, JSON_FILE, SMALL = (2600, 120), (2400, 120), (200, 30)
+
+
+def measured(reader: str, path: Path, bound: tuple[int, int], refusal: str | None) -> None:
+    """Read `path` in a new process; the reader must give what is expected within MiB and seconds."""
+    program = (
+        "import re, sys, time\n"
+        "from pathlib import Path\n"
+        "from stas.errors import InputDataError, UsageError\n"
+        f"{reader}\n"
+        # Not ru_maxrss, which begins with what the parent had when it forked.
+        "def used(): return int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1024\n"
+        "before, began, said = used(), time.perf_counter(), None\n"
+        "try: read(Path(sys.argv[1]))\n"
+        "except (InputDataError, UsageError) as error: said = str(error)\n"
+        "print(said); print(round(used() - before), round(time.perf_counter() - began, 1))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, path], capture_output=True, text=True, timeout=600, env=os.environ
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    *said, figures = done.stdout.splitlines()
+    memory, took = map(float, figures.split())
+    print(f"BOMB {path.name}: {memory:.0f} MiB, {took} s, {said[0][:100]}")
+    assert refusal is None or refusal in done.stdout
+    assert refusal is not None or said == ["None"]
+    assert memory < bound[0] and took < bound[1]
+
+
+READ_IMAGE = "from stas.images import read_image as read"
+READ_LABELME = (
+    "from stas.annotations import rasterise, read_labelme\n"
+    "def read(path): rasterise(read_labelme(path).shapes, (942, 1716), 'STAS', path)"
+)
+READ_RECIPE = "from stas.config import load_recipe\ndef read(path): load_recipe(str(path))"
+READ_CHECKPOINT = "from stas.checkpoint import load_checkpoint as read"
+
+
+def write_json(path: Path, value: object) -> Path:
+    path.write_text(json.dumps(value))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["1", "RGBA"])
+def test_the_largest_image_stays_within_its_bound(tmp_path: Path, mode: str):
+    """128 million pixels in some kilobytes: the most that one image may take."""
+    side = math.isqrt(MAX_PIXELS)
+    Image.new(mode, (side, side)).save(tmp_path / f"largest_{mode}.png", compress_level=1)
+    measured(READ_IMAGE, tmp_path / f"largest_{mode}.png", IMAGE, None)
+
+
+def declaring(width: int, height: int) -> bytes:
+    """A PNG that says it is of this size, and is of one pixel."""
+    file = io.BytesIO()
+    Image.new("1", (1, 1)).save(file, "PNG")
+    data = bytearray(file.getvalue())
+    data[16:24] = struct.pack(">II", width, height)
+    return repair_png(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "refusal"),
+    [
+        (10**9, 10**9, "pixels, more than"),
+        (10**8, 1, "pixels, more than"),
+        (11_000, 11_000, "not readable as an image"),
+    ],
+)
+def test_a_picture_that_declares_a_size_is_not_believed(tmp_path: Path, width: int, height: int, refusal: str):
+    path = tmp_path / f"declares_{width}.png"
+    path.write_bytes(declaring(width, height))
+    measured(READ_IMAGE, path, IMAGE if "readable" in refusal else SMALL, refusal)
+
+
+def test_a_text_chunk_is_no_bomb(tmp_path: Path):
+    chunk = b"zTXtkey\0\0" + zlib.compress(bytes(100_000_000))
+    data = declaring(1, 1)
+    path = tmp_path / "text_chunk.png"
+    path.write_bytes(repair_png(data[:33] + struct.pack(">I", len(chunk) - 4) + chunk + bytes(4) + data[33:]))
+    measured(READ_IMAGE, path, SMALL, "not readable as an image")
+
+
+def test_a_jpeg_of_ten_thousand_scans_is_refused(tmp_path: Path):
+    file = io.BytesIO()
+    Image.new("RGB", (1000, 1000)).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    last = data.rindex(b"\xff\xda")
+    path = tmp_path / "scans.jpg"
+    path.write_bytes(data[:last] + data[last:-2] * 10_000 + data[-2:])
+    measured(READ_IMAGE, path, SMALL, "scans, more than 200")
+
+
+def test_postscript_under_another_name_reaches_no_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Pillow would start Ghostscript, `gs` on the path, whatever the suffix."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    path = tmp_path / "a.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
+    measured(READ_IMAGE, path, SMALL, "not readable as an image")
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.slow
+def test_a_million_points_are_drawn(tmp_path: Path):
+    turn = [number / 10**6 * 2 * math.pi for number in range(10**6)]
+    points = [[800 + 400 * math.cos(angle), 471 + 400 * math.sin(angle)] for angle in turn]
+    measured(READ_LABELME, write_json(tmp_path / "million_points.json", {"shapes": [shape(points)]}), JSON_FILE, None)
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_shapes_are_drawn(tmp_path: Path):
+    centres = [(number % 1700, number // 110) for number in range(10**5)]
+    shapes = [shape([[x, y], [x + 6, y]], "circle") for x, y in centres]
+    measured(READ_LABELME, write_json(tmp_path / "shapes.json", {"shapes": shapes}), JSON_FILE, None)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [shape([[0, 0], [100_000, 0]], "circle")] * 10_000,
+        [shape([[number % 1700, number % 2 * 900] for number in range(10**5)])],
+        pytest.param([shape([[0, 0], [1716, 942]], "rectangle")] * 10**5, marks=pytest.mark.slow),
+    ],
+    ids=["circles", "zigzag", "rectangles"],
+)
+def test_shapes_that_take_hours_are_refused(tmp_path: Path, shapes: list):
+    measured(READ_LABELME, write_json(tmp_path / "hours.json", {"shapes": shapes}), JSON_FILE, "too often to be drawn")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "refusal"),
+    [
+        ("nested", b"[" * 6 * 10**6, "too deeply nested"),
+        ("nested_objects", b'{"a":' * 10**6, "too deeply nested"),
+        ("empty_lists", b'{"shapes": [' + b"[]," * 10**7, "more than 7000000 values"),
+        ("utf16", json.dumps({"shapes": []}).encode("utf-16"), "not readable as JSON"),
+        ("declared", b'{"shapes": [], "imageHeight": 1000000000, "imageWidth": 1000000000}', "up to 65535"),
+        ("spaces", b'{"shapes": [], "imageData": "' + b"A " * 2 * 10**7 + b'"}', None),
+    ],
+)
+def test_json_bombs(tmp_path: Path, name: str, content: bytes, refusal: str | None):
+    (tmp_path / f"{name}.json").write_bytes(content)
+    measured(READ_LABELME, tmp_path / f"{name}.json", JSON_FILE, refusal)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "refusal"),
+    [
+        ("aliases", "".join(f"a{n + 1}: &a{n + 1} [*a{n}, *a{n}]\n" for n in range(40)), "an alias"),
+        ("deep", "[" * 20_000, "too deeply nested"),
+        ("long", "a: 1\n" * 100_000, "more than 65536"),
+        ("sexagesimal", "train: {batch: 1" + ":59" * 20_000 + "}", "train.batch"),
+        ("python", "name: !!python/object/apply:os.system [touch started]", "not readable as YAML"),
+    ],
+)
+def test_yaml_bombs(tmp_path: Path, name: str, text: str, refusal: str):
+    (tmp_path / f"{name}.yaml").write_text(text)
+    measured(READ_RECIPE, tmp_path / f"{name}.yaml", SMALL, refusal)
+    assert not Path("started").exists()
+
+
+@pytest.mark.parametrize("declared", [0, 1, 99_999_999, 10**9, 2**40, 2**64 - 1])
+def test_a_safetensors_header_that_declares_gigabytes(tmp_path: Path, declared: int):
+    path = tmp_path / f"declares_{declared}.safetensors"
+    path.write_bytes(declared.to_bytes(8, "little") + b'{"__metadata__": {}}')
+    measured(READ_CHECKPOINT, path, SMALL, "not a readable checkpoint")
+
+
+def test_tensors_that_declare_terabytes(tmp_path: Path):
+    header = json.dumps({"network.x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
+    path = tmp_path / "terabytes.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    measured(READ_CHECKPOINT, path, SMALL, "not a readable checkpoint")
+    os.truncate(path, 2**42)  # all of them zeros that no disk holds
+    measured(READ_CHECKPOINT, path, SMALL, "bytes, more than")
+
+
+@pytest.mark.parametrize(
+    ("reader", "name"),
+    [(READ_IMAGE, "a.png"), (READ_LABELME, "a.json"), (READ_CHECKPOINT, "a.safetensors"), (READ_RECIPE, "a.yaml")],
+)
+@pytest.mark.parametrize("special", ["pipe", "endless", "circle"])
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path, reader: str, name: str, special: str):
+    path = tmp_path / name
+    if special == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero" if special == "endless" else name)
+    measured(reader, path, SMALL, name)
+
+
+def test_a_full_mask_is_no_bomb(store: Store, monkeypatch: pytest.MonkeyPatch):
+    bomb = np.frombuffer(zlib.compress(bytes(10**8)), np.uint8)
+    monkeypatch.setattr(store, "_read", lambda *_: bomb)
+    with pytest.raises(InputDataError, match="full mask of sample s0 is damaged"):
+        store.full_mask(0)
+
+
+@pytest.mark.parametrize("part", ["root", "last page", "lower bound", "first node"])
+def test_crazy_page_numbers_do_not_end_the_process(store: Store, part: str):
+    """Opened as it is, LMDB ends with a signal, or looks for the page beyond the end of the file."""
+    path = store_data(store.directory)
+    data = bytearray(path.read_bytes())
+    newer = max((0, 4096), key=lambda meta: struct.unpack_from("<Q", data, meta + 144))
+    (root,) = struct.unpack_from("<Q", data, newer + 128)
+    page = root * 4096
+    place = {"root": newer + 128, "last page": newer + 136, "lower bound": page + 12, "first node": page + 16}
+    struct.pack_into("<H" if part[0] in "lf" and part != "last page" else "<Q", data, place[part], 0xFFF0)
+    path.write_bytes(data)
+    with pytest.raises(InputDataError, match="not a data file as LMDB writes it"):
+        read_store(store)
+
+
+@pytest.mark.parametrize("kind", ["stem", "key", "pointer"])
+@pytest.mark.parametrize("name", ["../../x", "/tmp/x", "..", "", "a/b", "a\0b", "x" * 300])
+def test_a_crafted_store_leads_nowhere_else(store: Store, kind: str, name: str, outside: Path):
+    path = manifest(store.directory)
+    content = json.loads(path.read_text())
+    if kind == "stem":
+        content["samples"][0]["stem"] = name
+    else:
+        content["key"] = name
+    path.write_text(json.dumps(content))
+    workspace = Workspace(outside)
+    workspace.dataset("STAS", test_store.SIZE).write_text(json.dumps({"store": name if kind == "pointer" else "key"}))
+    with pytest.raises(InputDataError, match="delete"):
+        open_store(workspace, Data.model_validate({"size": test_store.SIZE}))
+
+
+def test_a_pickle_runs_nothing(tmp_path: Path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/started",)
+
+    torch.save({"weight": Evil()}, tmp_path / "a.pth")
+    with pytest.raises(UsageError, match=r"a\.pth: not readable as weights"):
+        weights._read(tmp_path / "a.pth")
+    assert not (tmp_path / "started").exists()
