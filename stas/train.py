@@ -4,7 +4,6 @@ stas train --recipe NAME --workspace WS
 stas launch train --recipe NAME --workspace WS     (one rank per GPU)
 """
 
-import json
 import logging
 import math
 import signal
@@ -105,7 +104,7 @@ def train(
         while not distributed.any_of(progress.ended(epochs, limit))[0]:
             train_loss, images = _train_epoch(job, progress, stop, clock, writer)
             val_loss, val_dice = validate(job)
-            _end_epoch(progress, clock, val_loss)
+            _end_epoch(job, progress, clock, val_loss)
             best = progress.best_epoch == progress.epoch
             record = {
                 "epoch": progress.epoch,
@@ -118,11 +117,6 @@ def train(
                 "elapsed": progress.elapsed,
                 "best": best,
             }
-            if not math.isfinite(val_loss):
-                raise TrainingError(
-                    f"{paths.root}: the validation loss is not finite: {json.dumps(record)}. The checkpoint of the "
-                    "epoch before is kept; lower optimizer.lr, or use train.precision=bf16 or fp32"
-                )
             if metrics:  # before the checkpoint: going on from an older one cuts the line off again
                 metrics.append(record | usage())
                 if clock.picture_due() or progress.ended(epochs, limit):
@@ -216,7 +210,13 @@ def _skip(job: Job, progress: Progress, batch: Batch) -> None:
     log.warning("%s: skipped, %d of at most %d; samples %s", where, progress.bad_steps, allowed, ", ".join(samples))
 
 
-def _end_epoch(progress: Progress, clock: Clock, val_loss: float) -> None:
+def _end_epoch(job: Job, progress: Progress, clock: Clock, val_loss: float) -> None:
+    """Count the epoch, unless its validation shows that the network is lost."""
+    if not math.isfinite(val_loss):
+        raise TrainingError(
+            f"{job.run.root}: the validation loss is {val_loss} after epoch {progress.epoch + 1}. The checkpoint of "
+            "the epoch before is kept; lower optimizer.lr, or use train.precision=bf16 or fp32"
+        )
     elapsed = clock.elapsed()
     progress.epoch_seconds, progress.elapsed = elapsed - progress.elapsed, elapsed
     progress.epoch, progress.step, progress.images, progress.loss_sum = progress.epoch + 1, 0, 0, 0.0

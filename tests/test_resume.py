@@ -228,8 +228,8 @@ def test_a_training_that_lost_its_lock_writes_nothing_more(
     """As after a freeze of minutes: somebody else holds the run's lock by then."""
     run, ended = store_workspace.run("robbed"), train_module._end_epoch
 
-    def robbed(progress, clock, val_loss):
-        ended(progress, clock, val_loss)
+    def robbed(job, progress, clock, val_loss):
+        ended(job, progress, clock, val_loss)
         if progress.epoch == 2:
             file = lock(run.root)
             file.write_text(json.dumps(json.loads(file.read_text()) | {"token": "0" * 32}))
