@@ -42,7 +42,7 @@ echo "== stands for NVIDIA's entry point ==" >&2
 exec "$@"
 """
 # What the base has, with what it needs, out of this environment.
-IN_BASE = ("torch", "torchvision", "scipy")
+IN_BASE = ("torch", "torchvision")
 # Packages in name only: one that was broken before, one too old for matplotlib.
 STAND_INS = {"broken-before": ("1.0", "surely-not-there"), "kiwisolver": ("0.1", None)}
 CONSTRAINTS = {"einops": "0.8.1"}  # not the lock's version
