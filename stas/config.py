@@ -327,16 +327,16 @@ def _apply(values: dict[str, Any], override: str) -> None:
     """Set one dotted key of the nested mapping `values` in place."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UsageError(f"--set {override!r}: write key=value, such as train.epochs=20")
+        raise UsageError(f"--set {shown(override)}: write key=value, such as train.epochs=20")
     *sections, last = key.split(".")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise UsageError(f"--set {override!r}: {section!r} is a value, not a section")
+            raise UsageError(f"--set {shown(override)}: {section!r} is a value, not a section")
     try:
         values[last] = parse_yaml(text)
     except ValueError as error:
-        raise UsageError(f"--set {override!r}: the value is not readable as YAML ({error})") from error
+        raise UsageError(f"--set {shown(override)}: the value is not readable as YAML ({error})") from error
 
 
 def explain(error: ValidationError, model: type[Section]) -> str:
