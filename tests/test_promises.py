@@ -1,0 +1,19 @@
+"""docs/promises.md names tests that exist, and no promise goes without one."""
+
+import re
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+PAGE = (TESTS.parent / "docs" / "promises.md").read_text()
+
+
+def test_every_test_that_the_page_names_exists():
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", PAGE)
+    assert len(named) > 30
+    missing = [f"{file}::{test}" for file, test in named if f"def {test}(" not in (TESTS / file).read_text()]
+    assert not missing, f"docs/promises.md names tests that do not exist: {missing}"
+
+
+def test_every_promise_has_a_test():
+    rows = [line for line in PAGE.splitlines() if line.startswith("| ") and not line.startswith("| promise")]
+    assert rows and all("::test_" in row.split("|")[2] for row in rows)
