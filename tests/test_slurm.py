@@ -215,7 +215,7 @@ def test_a_cancelled_job_leaves_a_checkpoint_and_stays_cancelled(slurm: Slurm, s
         "--array=0",
         "--gpus-per-node=1",
         ENSEMBLE=str(site.root / "cancelled-alone.yaml"),
-        TIME_LIMIT="1s",
+        TIME_LIMIT="0.1s",
     )
     assert slurm.wait(again) == ["COMPLETED"]
     assert epochs(run) == done, "the time is spent, so nothing was trained again"
