@@ -98,7 +98,7 @@ run-vote:  ## all members' masks to one vote
 	$(STAGE) vote --ensemble $(ENSEMBLE) --held-out
 
 run-evaluate:  ## score the members and their vote on the held-out images
-	$(STAGE) evaluate --ensemble $(ENSEMBLE) --held-out --truth $(TRUTH) --images $(TRAINING) --out /workspace/report
+	$(STAGE) evaluate --ensemble $(ENSEMBLE) --held-out --truth $(TRUTH) --images $(TRAINING) --out /workspace/evaluation
 
 run-local:  ## all stages one after the other; the same command goes on where it was cut off
 	$(MAKE) run-preprocess
