@@ -12,7 +12,7 @@ interrupted=no # whether a signal may have ended a wait
 step=          # the process of the stage that runs
 
 # Slurm warns this shell only (--signal=B:...); srun passes USR1 on to its tasks, and the stage writes a checkpoint.
-trap 'cut_off=yes interrupted=yes; [[ -z $step ]] || kill -USR1 "$step"' USR1
+trap 'cut_off=yes interrupted=yes; [[ -z $step ]] || kill -USR1 "$step" 2>/dev/null || true' USR1
 # A cancelled or preempted job gets TERM in all its processes; Slurm decides whether it runs again.
 trap 'interrupted=yes' TERM
 
@@ -26,9 +26,11 @@ stage() {
     fi
     mkdir -p "$WORKSPACE"
     runtime
+    [[ $cut_off = no ]] || go_on_later "$1" "$EXIT_RESUMABLE" # the warning came between two stages
     srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
         --kill-on-bad-exit=0 "${container[@]}" "${launch[@]}" "${options[@]}" "$@" &
     step=$!
+    [[ $cut_off = no ]] || kill -USR1 "$step" 2>/dev/null || true # it came just before
     wait "$step" || status=$?
     while [[ $interrupted = yes ]]; do
         interrupted=no status=0
@@ -36,9 +38,19 @@ stage() {
     done
     step=
     if [[ $cut_off = yes ]] && ((status == EXIT_RESUMABLE || status == KILLED_BY_USR1)); then
-        requeue
+        go_on_later "$1" "$status"
     fi
     ((status == 0)) || exit "$status"
+}
+
+# Stop a vote of which a member failed. INFER_JOB is scripts/submit_slurm's; a vote submitted by hand takes what is there.
+all_predicted() {
+    local failed
+    [[ -n ${INFER_JOB:-} ]] || return 0
+    failed=$(scontrol --oneliner show job "$INFER_JOB" | grep -v JobState=COMPLETED | grep -o 'ArrayTaskId=[0-9,-]*') || return 0
+    echo "no vote, because members are missing: number ${failed//$'\n'/, } of $ENSEMBLE; see $WORKSPACE/logs." \
+        "Masks of an older run may be there: to vote on what is there, sbatch slurm/vote.sbatch" >&2
+    exit 3
 }
 
 # Set `launch`, the site's way to say `stas launch`, and `container`, what srun itself needs for it.
@@ -55,9 +67,10 @@ runtime() {
             "--container-env=STAS_WORKSPACE,STAS_WEIGHTS_DIR" --no-container-mount-home)
         launch=("$entry")
         ;;
-    docker | podman) # the container is no child of this job: --memory bounds it, and USR1 reaches it through the client
-        [[ -z ${CUDA_VISIBLE_DEVICES:-} ]] || gpus=(--gpus "\"device=$CUDA_VISIBLE_DEVICES\"")
+    docker | podman) # Docker's container is no child of this job: it is told the job's memory and the node's own GPU numbers
+        [[ -z ${SLURM_JOB_GPUS:-} ]] || gpus=(--gpus "\"device=$SLURM_JOB_GPUS\"")
         [[ $RUNTIME = docker || -z ${gpus[*]} ]] || gpus=(--device nvidia.com/gpu=all --env CUDA_VISIBLE_DEVICES)
+        [[ -z ${SLURM_MEM_PER_NODE:-} ]] || gpus+=(--memory "${SLURM_MEM_PER_NODE}m")
         launch=("$RUNTIME" run --rm --network host --ipc host --user "$(id -u):$(id -g)" --read-only --tmpfs /tmp
             "${gpus[@]}" --volume "$DATA:$DATA:ro" --volume "$WORKSPACE:$WORKSPACE"
             --env STAS_WORKSPACE --env STAS_WEIGHTS_DIR "$IMAGE")
@@ -67,6 +80,15 @@ runtime() {
         exit 2
         ;;
     esac
+}
+
+# go_on_later STAGE STATUS: end this job, which was cut off, and requeue it where the stage keeps what it has done.
+go_on_later() {
+    case $1 in
+    train | infer) requeue ;;
+    *) echo "cut off by the walltime, and $1 begins anew each time: give it more (#SBATCH --time)" >&2 ;;
+    esac
+    exit "$2"
 }
 
 # Put this job, or this task of an array only, back into the queue: it goes on from its checkpoint.

@@ -132,6 +132,18 @@ class CheckpointWriter:
             self._held.check()
         self._writing = self._thread.submit(self._write, snapshot, best)
 
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Let nothing be written after this; what went wrong is raised unless something else is on its way."""
+        try:
+            self.wait()
+        except Exception as error:
+            if kind is None:
+                raise
+            log.error("%s: the last checkpoint was not written: %s", self._run.root, error)
+
     def wait(self) -> None:
         """Wait until everything is on disk; raise what went wrong."""
         if self._writing:
@@ -202,10 +214,11 @@ def fitting(checkpoint: Path | str) -> Iterator[None]:
         ) from error
 
 
-def load_newest(run: RunPaths) -> Checkpoint | None:
+def load_newest(run: RunPaths, set_aside: bool = True) -> Checkpoint | None:
     """The newest checkpoint to resume from, or the one before where it is damaged; None where there is none.
 
-    A damaged one gets another name, so that it does not take the place of the good one at the next save.
+    A damaged one gets another name where `set_aside`, so that it does not take the place of the good one at the next
+    save. One that could not be read just now keeps its name: the disk may come back.
     """
     damaged: dict[Path, InputDataError] = {}
     for which in ("next", "last", "previous"):
@@ -219,9 +232,10 @@ def load_newest(run: RunPaths) -> Checkpoint | None:
             continue
         for bad, error in damaged.items():
             aside = bad.with_suffix(".damaged")
-            log.warning("%s. Going on from %s instead; the damaged one is kept as %s", error, path, aside.name)
-            with suppress(OSError):  # all ranks try; or the volume is read-only, and the next write will say so
-                bad.rename(aside)
+            log.warning("%s. Going on from %s instead; a damaged one is kept as %s", error, path, aside.name)
+            if set_aside and not isinstance(error.__cause__, OSError):
+                with suppress(OSError):  # on a read-only volume the next write will say so
+                    bad.rename(aside)
         return checkpoint
     for error in damaged.values():
         raise error

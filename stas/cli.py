@@ -21,7 +21,10 @@ from stas.errors import (
 from stas.files import disk_trouble
 from stas.paths import Workspace, default_workspace, status_directory
 
-EPILOG = "Exit codes: 0 done, 2 wrong option or recipe, 3 bad input data, 75 stopped early (the same command goes on)."
+EPILOG = (
+    "Exit codes: 0 done, 1 failed, 2 wrong option or recipe, 3 bad input data, "
+    "75 stopped early (the same command goes on)."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,6 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if directory := status_directory():
         (directory / str(os.getpid())).write_text(str(code))
     return code
+
+
+def check(arguments: Sequence[str]) -> None:
+    """Exit with code 2 and the reason, as `main` would, if these are no command."""
+    _parser().parse_args(arguments)
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -19,7 +19,7 @@ from stas import distributed
 from stas.checkpoint import Checkpoint, fitting, load_checkpoint
 from stas.config import Recipe, parse_recipe
 from stas.distributed import Ranks
-from stas.errors import InputDataError, UsageError
+from stas.errors import InputDataError, StoppedEarly, UsageError
 from stas.files import read_json, remove_leftovers, sha256
 from stas.images import MAX_IMAGE_BYTES, grey_size, list_images, read_image, write_mask, write_probability
 from stas.loader import prefetch
@@ -89,6 +89,8 @@ def infer(
             return out
         with distributed.locked(lock(out), ranks) as held:
             digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
+            if len(set(distributed.gather_objects(digest))) > 1:
+                raise StoppedEarly(f"{path} or an image was replaced while the ranks read it; the same command goes on")
             partial = out.with_name(f".{out.name}.{digest}.partial")
             if ranks.first:
                 tidy(out, keep=None if is_finished(out, key) else partial)

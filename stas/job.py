@@ -16,7 +16,7 @@ from stas import distributed
 from stas.checkpoint import fitting, load_newest, restore_optimizer
 from stas.config import Recipe, dump_recipe, parse_recipe
 from stas.distributed import Ranks
-from stas.errors import UsageError
+from stas.errors import StoppedEarly, UsageError
 from stas.files import write_json, write_text
 from stas.losses import build_loss
 from stas.model import build_network
@@ -104,7 +104,9 @@ def set_up(recipe: Recipe, workspace: Workspace, paths: RunPaths, ranks: Ranks) 
     """
     if recipe.train.batch < ranks.size:
         raise UsageError(f"train.batch = {recipe.train.batch} images over {ranks.size} ranks: give each at least one")
-    saved = load_newest(paths)
+    saved = load_newest(paths, set_aside=ranks.first)
+    if len(set(distributed.gather_objects(saved and saved.sha256))) > 1:
+        raise StoppedEarly(f"{paths.root}: not every rank could read the same newest checkpoint; the log says why")
     with fitting(paths.root):
         progress = Progress.from_json(saved.facts["progress"], ranks) if saved else Progress()
         if saved:

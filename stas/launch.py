@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from stas.cli import main
-from stas.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RESUMABLE, EXIT_USAGE, StoppedEarly, UsageError
+from stas.cli import check, main
+from stas.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, EXIT_RESUMABLE, EXIT_USAGE, StoppedEarly, UsageError
 from stas.paths import STATUS_DIRECTORY
 from stas.resources import cores
 
@@ -57,6 +57,7 @@ def launch(
     count = processes or _gpus() or 1
     if count * nodes == 1:
         return main(stage)
+    check(stage)
     place = ["--standalone"]
     if rendezvous and job:
         place = ["--rdzv-backend", "c10d", "--rdzv-endpoint", rendezvous, "--rdzv-id", job]
@@ -72,14 +73,13 @@ def gravest(codes: Sequence[int | None], stopped: bool) -> int:
         codes: what each rank ended with; None where it was killed or failed with a traceback.
         stopped: whether a signal asked for the end.
     """
-    for code in (EXIT_USAGE, EXIT_BAD_INPUT):
+    for code in (EXIT_USAGE, EXIT_BAD_INPUT, EXIT_FAILED):
         if code in codes:
             return code
     if all(code == EXIT_OK for code in codes):
         return EXIT_OK
-    if stopped or all(code in (EXIT_OK, EXIT_RESUMABLE) for code in codes):
-        return EXIT_RESUMABLE
-    return 1
+    # One that stopped early has seen to the checkpoint; torchrun then ends the others, whatever they were still at.
+    return EXIT_RESUMABLE if stopped or EXIT_RESUMABLE in codes else EXIT_FAILED
 
 
 def _torchrun(options: list[str], stage: Sequence[str], count: int) -> int:

@@ -74,7 +74,7 @@ class RunPaths:
         return self.root / "tensorboard"
 
     def checkpoint(self, which: str) -> Path:
-        """`which` is best, last or previous."""
+        """`which` is best, last, previous, or next while it is being written."""
         return self.root / "checkpoints" / f"{which}.safetensors"
 
 

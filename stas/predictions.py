@@ -6,10 +6,10 @@ Sets of other makers need neither: any directory of mask PNGs is one.
 """
 
 import errno
-import glob
 import hashlib
 import json
 import logging
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -220,20 +220,26 @@ def tidy(final: Path, keep: Path | None = None) -> None:
         final: the directory that the process was to make.
         keep: a partial directory to go on with.
     """
-    name = glob.escape(final.name)
-    for aside in sorted(final.parent.glob(f".{name}.*.old")):
+    for aside in _beside(final, "old"):
         if not final.exists():  # killed between the two renames of `publish`
             aside.rename(final)
             log.warning("%s: brought back; a process was killed while it replaced it", final)
         shutil.rmtree(aside, ignore_errors=True)
-    for partial in final.parent.glob(f".{name}.*.partial"):
+    for partial in _beside(final, "partial"):
         if partial != keep:
             shutil.rmtree(partial, ignore_errors=True)
 
 
 def is_settled(directory: Path, key: dict[str, Any]) -> bool:
     """Whether `directory` is finished (see `is_finished`), and nobody is at work or was killed beside it."""
-    return is_finished(directory, key) and not any(directory.parent.glob(f".{glob.escape(directory.name)}.*"))
+    busy = [*_beside(directory, "old"), *_beside(directory, "partial"), paths.lock(directory)]
+    return is_finished(directory, key) and not any(path.exists() for path in busy)
+
+
+def _beside(final: Path, kind: str) -> list[Path]:
+    """What a process at work on `final` keeps beside it. A set called `lite0.tta` is not the business of `lite0`."""
+    name = re.compile(rf"\.{re.escape(final.name)}\.[0-9a-f]{{12}}\.{kind}")
+    return sorted(path for path in final.parent.glob(f".*.{kind}") if name.fullmatch(path.name))
 
 
 @contextmanager

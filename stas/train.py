@@ -92,6 +92,7 @@ def train(
     ):
         if held:
             clear_up(paths)
+        distributed.barrier()  # nobody reads a checkpoint that is just being renamed
         job, progress = set_up(recipe, workspace, paths, ranks)
         epochs, limit = recipe.train.epochs, math.inf if time_limit is None else time_limit
         if progress.ended(epochs, limit):
@@ -100,7 +101,8 @@ def train(
         metrics = None
         if ranks.first:
             metrics = files.enter_context(MetricsLog(paths.metrics, paths.tensorboard, progress.epoch))
-        clock, writer = Clock(progress.elapsed, limit, checkpoint_every), CheckpointWriter(paths, held)
+        clock = Clock(progress.elapsed, limit, checkpoint_every)
+        writer = files.enter_context(CheckpointWriter(paths, held))
         while not distributed.any_of(progress.ended(epochs, limit))[0]:
             train_loss, images = _train_epoch(job, progress, stop, clock, writer)
             val_loss, val_dice = validate(job)
@@ -145,6 +147,8 @@ def _train_epoch(
         rate = rate_factor(recipe.schedule, step, steps * recipe.train.epochs)
         set_learning_rate(job.optimizer, recipe.optimizer.lr * rate)
         _seed_step(recipe.train.seed, step, ranks.rank)
+        # A network that has seen NaN keeps it in the running statistics of its normalisations.
+        buffers = [buffer.clone() for buffer in job.network.buffers()] if recipe.train.max_bad_steps else []
         with _memory_explained(job, batch):
             loss, finite = _backward(job, batch.to(ranks.device))
         bad, stopping, due, spent = distributed.any_of(
@@ -154,10 +158,11 @@ def _train_epoch(
             clock.elapsed() > clock.limit,
         )
         if bad:
-            _skip(job, progress, batch)
+            _skip(job, progress, batch, buffers)
         else:
             job.scaler.step(job.optimizer)
             job.scaler.update()
+            _check_scale(job)
             progress.loss_sum += loss
             progress.images += batch.total
         progress.step += 1
@@ -191,7 +196,7 @@ def _backward(job: Job, batch: Batch) -> tuple[float, bool]:
     return checked[0].item(), finite
 
 
-def _skip(job: Job, progress: Progress, batch: Batch) -> None:
+def _skip(job: Job, progress: Progress, batch: Batch, buffers: list[Tensor]) -> None:
     """Leave out a step whose loss or gradient is not finite; give up when the recipe's number of them is exceeded."""
     progress.bad_steps += 1
     samples = sorted({stem for stems in distributed.gather_objects(batch.stems) for stem in stems})
@@ -207,7 +212,18 @@ def _skip(job: Job, progress: Progress, batch: Batch) -> None:
             "skipped (train.max_bad_steps); the last checkpoint is kept: look at these samples, lower optimizer.lr, or "
             "use train.precision=bf16 or fp32"
         )
+    for buffer, before in zip(job.network.buffers(), buffers, strict=True):
+        buffer.copy_(before)
     log.warning("%s: skipped, %d of at most %d; samples %s", where, progress.bad_steps, allowed, ", ".join(samples))
+
+
+def _check_scale(job: Job) -> None:
+    """The scaler of fp16 skips by itself, and halves its scale each time; below 1 it helps nothing."""
+    if job.scaler.is_enabled() and job.scaler.get_scale() < 1:
+        raise TrainingError(
+            f"{job.run.root}: gradients are not finite however small the loss is scaled (now by "
+            f"{job.scaler.get_scale():g}). The last checkpoint is kept; use train.precision=bf16 or fp32"
+        )
 
 
 def _end_epoch(job: Job, progress: Progress, clock: Clock, val_loss: float) -> None:

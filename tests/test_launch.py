@@ -28,7 +28,8 @@ from tests.launch import QUIET, stas
         ([0, 0], True, EXIT_OK),  # the signal came when all was done
         ([75, 75], True, EXIT_RESUMABLE),
         ([75, 75], False, EXIT_RESUMABLE),  # another node was told to stop
-        ([None, 75], False, 1),  # a rank died
+        ([None, 75], False, EXIT_RESUMABLE),  # torchrun ended one that was slower to stop
+        ([1, None], True, 1),  # the checkpoint could not be written
         ([None, None], True, EXIT_RESUMABLE),  # killed while they were starting
         ([None, 0], False, 1),
         ([2, None], False, EXIT_USAGE),
@@ -55,6 +56,11 @@ def test_a_stage_of_one_process_runs_without_torchrun(tmp_path: Path):
     done = stas("launch", "vote", "--members", tmp_path / "a", tmp_path / "b", tmp_path / "c", "--out", tmp_path / "o")
     assert done.returncode == EXIT_BAD_INPUT
     assert "3 of 3 members are missing" in done.stderr
+
+
+def test_a_wrong_option_of_a_stage_of_several_ranks_is_exit_code_2():
+    done = stas("launch", "--processes", 2, "train", "--recipe", "lite0", "--bogus", 1)
+    assert done.returncode == EXIT_USAGE and "--bogus" in done.stderr
 
 
 def test_several_nodes_need_a_place_to_meet():

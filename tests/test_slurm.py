@@ -146,12 +146,16 @@ def test_a_member_that_fails_leaves_the_others_and_the_vote_says_who_is_missing(
     infer = submit(
         slurm, site, "infer", f"--dependency=aftercorr:{train}", "--kill-on-invalid-dep=yes", ENSEMBLE=str(ensemble)
     )
-    vote = submit(slurm, site, "vote", f"--dependency=afterany:{infer}", ENSEMBLE=str(ensemble))
+    vote = submit(slurm, site, "vote", f"--dependency=afterany:{infer}", ENSEMBLE=str(ensemble), INFER_JOB=infer)
     assert slurm.wait(vote, 400) == ["FAILED"]
     assert slurm.states(train) == ["COMPLETED", "FAILED", "COMPLETED"]
     assert slurm.states(infer) == ["COMPLETED", "CANCELLED", "COMPLETED"]
     assert slurm.facts(vote)[0]["ExitCode"] == "3:0"
-    said = log_of(site, vote, "vote")
+    assert "members are missing: number ArrayTaskId=1 of" in log_of(site, vote, "vote")
+    by_hand = submit(slurm, site, "vote", ENSEMBLE=str(ensemble))
+    assert slurm.wait(by_hand) == ["FAILED"]
+    assert slurm.facts(by_hand)[0]["ExitCode"] == "3:0"
+    said = log_of(site, by_hand, "vote")
     assert "1 of 3 members are missing" in said and "broken: no" in said
 
 
