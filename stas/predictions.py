@@ -6,6 +6,7 @@ Sets of other makers need neither: any directory of mask PNGs is one.
 """
 
 import errno
+import glob
 import hashlib
 import json
 import logging
@@ -232,8 +233,9 @@ def tidy(final: Path, keep: Path | None = None) -> None:
 
 def is_settled(directory: Path, key: dict[str, Any]) -> bool:
     """Whether `directory` is finished (see `is_finished`), and nobody is at work or was killed beside it."""
-    busy = [*_beside(directory, "old"), *_beside(directory, "partial"), paths.lock(directory)]
-    return is_finished(directory, key) and not any(path.exists() for path in busy)
+    locks = directory.parent.glob(f"{glob.escape(paths.lock(directory).name)}*")
+    beside = [*_beside(directory, "old"), *_beside(directory, "partial"), *locks]
+    return is_finished(directory, key) and not beside
 
 
 def _beside(final: Path, kind: str) -> list[Path]:
