@@ -22,17 +22,17 @@ demo: install  ## train, vote and score on a made sample, or on DATA=DIR with Tr
 	scripts/demo .demo/$(if $(DATA),data,sample) $(DATA)
 
 test: install  ## run all tests
-	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n auto -m "not cluster and not chaos"
+	$(VENV)/bin/pytest -n auto -m "not cluster and not chaos"
 	$(VENV)/bin/pytest -m cluster -rs
 
 quick: install  ## run the tests that take seconds
 	$(VENV)/bin/pytest -m "not slow and not cluster and not chaos"
 
 chaos: install  ## kill and starve every stage at every file operation; takes long
-	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n auto -m chaos -rs
+	$(VENV)/bin/pytest -n auto -m chaos -rs
 
 fuzz: install  ## hostile files for every reader, ten thousand each; takes half an hour
-	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(or $(EXAMPLES),10000) $(VENV)/bin/pytest -n auto -rP tests/test_hostile.py
+	FUZZ_EXAMPLES=$(or $(EXAMPLES),10000) $(VENV)/bin/pytest -n auto -rP tests/test_hostile.py
 
 lint: install  ## check style and format
 	$(VENV)/bin/ruff check .

@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+# One thread a process, before torch is imported: sums differ in their last digits with the number of threads, and the
+# tests compare runs of this process with those of others (`QUIET` in tests/launch.py) to the bit.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 from scripts.make_sample import make_sample
 from stas.config import Recipe, parse_recipe
 from stas.paths import Workspace
