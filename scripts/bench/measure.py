@@ -1,0 +1,78 @@
+"""Timing: what is compared runs in turn, round after round, and the medians make one row of the table."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from stas.resources import GIB, cores
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a ratio (or seconds) and what it should be."""
+
+    what: str
+    value: float
+    target: float
+    at_least: bool = True  # or at most
+    unit: str = "x"  # x: a ratio within this run; s: seconds
+    detail: Mapping[str, float] = field(default_factory=dict)  # what was measured, by name with its unit
+    note: str = ""  # how the limit was made up, or why the target is missed
+
+    @property
+    def reached(self) -> bool:
+        return self.value >= self.target if self.at_least else self.value <= self.target
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "what": self.what,
+            "value": self.value,
+            "unit": self.unit,
+            "target": self.target,
+            "at_least": self.at_least,
+            "reached": self.reached,
+            "detail": dict(self.detail),
+            "note": self.note,
+        }
+
+
+def interleaved(timed: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each, called in turn `repeats` times after one round that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
+    for round_ in range(repeats + 1):
+        for name, call in timed.items():
+            began = time.perf_counter()
+            call()
+            if round_:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    names = ("adabelief-pytorch", "lmdb", "monai", "numpy", "pillow", "segmentation-models-pytorch", "timm", "torch")
+    return {
+        "processor": _processor(),
+        "cores": cores(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in names},
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = {line.split(":", 1)[1].strip() for line in file if line.startswith("model name")}
+    except OSError:
+        names = set()
+    return ", ".join(sorted(names)) or platform.processor() or "unknown"

@@ -1,0 +1,68 @@
+"""What the benchmarks work on: made images of the contest's size, their annotations, and three members' masks."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from scripts.make_sample import make_sample
+from stas.annotations import rasterise, read_labelme
+from stas.images import write_mask
+from stas.paths import prediction
+
+SCALE = 2.0  # 1716 x 942 pixels, the contest's size, in five of eight images
+OFF_BY = (0, 12, -12)  # pixels that each member's mask is moved by: members that agree mostly
+
+
+@dataclass(frozen=True)
+class Site:
+    """A directory that a benchmark may fill, and the files it reads."""
+
+    scratch: Path
+    images: Path  # JPEGs, 942 x 1716
+    annotations: Path  # LabelMe JSON of the same stems
+    members: list[Path]  # three directories of mask PNGs of the same stems, at the images' size
+    quick: bool  # few and small, to see that all of it works; the figures mean nothing then
+
+    @property
+    def stems(self) -> list[str]:
+        return sorted(path.stem for path in self.images.glob("*.jpg"))
+
+    @property
+    def repeats(self) -> int:
+        return 1 if self.quick else 7
+
+
+def make_site(scratch: Path, quick: bool = False) -> Site:
+    """Make the files under `scratch`: 16 images, or 3 small ones where `quick`."""
+    made = scratch / "made"
+    make_sample(made, 4 if quick else 25, seed=0, scale=0.5 if quick else SCALE)
+    site = Site(
+        scratch,
+        made / "Train_Images",
+        made / "Train_Annotations",
+        [scratch / f"member{number}" for number in range(len(OFF_BY))],
+        quick,
+    )
+    for stem in site.stems:
+        path = site.annotations / f"{stem}.json"
+        annotation = read_labelme(path)
+        assert annotation.size
+        if annotation.size[1] != 2 * 429 * (0.5 if quick else SCALE):  # the few of another shape
+            (site.images / f"{stem}.jpg").unlink()
+            path.unlink()
+            continue
+        mask = rasterise(annotation.shapes, annotation.size, "STAS", path)
+        for member, pixels in zip(site.members, OFF_BY, strict=True):
+            write_mask(prediction(member, stem), np.roll(mask, pixels, (0, 1)))
+    return site
+
+
+def multiplied(directory: Path, target: Path, count: int) -> Path:
+    """`count` files in `target`, hard links to those of `directory` in turn, each under a name of its own."""
+    files = sorted(path for path in directory.iterdir() if path.name != "manifest.json")
+    target.mkdir(parents=True)
+    for index in range(count):
+        source = files[index % len(files)]
+        (target / f"case_{index:05d}{source.suffix}").hardlink_to(source)
+    return target
