@@ -28,7 +28,7 @@ from stas.paths import Workspace, lock, manifest, prediction, probability
 from stas.predictions import check_replaceable, is_finished, is_settled, named, publish, tidy, write_manifest
 from stas.progress import bar
 from stas.store import area_resize
-from stas.transforms import normalise, scale_intensity
+from stas.transforms import as_input
 
 log = logging.getLogger(__name__)
 
@@ -152,11 +152,12 @@ def _predict_share(
     writing: list[Future[None]] = []
     batches = prefetch(_batches(todo, files, recipe))
     with ThreadPoolExecutor(2) as pool, torch.inference_mode():
-        for stems, images, sizes in bar(batches, len(todo), "infer", show=ranks.first):
+        for stems, pixels, low, high, sizes in bar(batches, len(todo), "infer", show=ranks.first):
+            images = as_input(pixels.to(ranks.device), low.to(ranks.device), high.to(ranks.device), recipe)
             with torch.autocast(
                 ranks.device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"
             ):  # fp16 trains with a scaler; its predictions are made in fp32
-                logits = predict_logits(network, images.to(ranks.device), key["tta"])
+                logits = predict_logits(network, images, key["tta"])
             for stem, logit, size in zip(stems, logits, sizes, strict=True):
                 full = torch.sigmoid(interpolate(logit[None], size, mode="bilinear"))[0, 0].cpu().numpy()
                 writing.append(pool.submit(_write, partial, stem, full, key["threshold"], key["probabilities"]))
@@ -168,20 +169,19 @@ def _predict_share(
 
 def _batches(
     todo: Sequence[list[str]], files: dict[str, Path], recipe: Recipe
-) -> Iterator[tuple[list[str], Tensor, list[tuple[int, int]]]]:
-    """Yield stems, the network's input (N, 3, H, W) and the images' own (height, width)."""
+) -> Iterator[tuple[list[str], Tensor, Tensor, Tensor, list[tuple[int, int]]]]:
+    """Yield stems, images (N, H, W, 3) uint8 with their smallest and largest values, and their own (height, width)."""
     with ThreadPoolExecutor(recipe.infer.batch) as pool:
         for stems in todo:
-            read = list(pool.map(lambda stem: _read(files[stem], recipe), stems))
-            yield stems, torch.stack([image for image, _ in read]), [size for _, size in read]
+            small, low, high, sizes = zip(*pool.map(lambda stem: _read(files[stem], recipe), stems), strict=True)
+            yield stems, torch.from_numpy(np.stack(small)), torch.tensor(low), torch.tensor(high), list(sizes)
 
 
-def _read(file: Path, recipe: Recipe) -> tuple[Tensor, tuple[int, int]]:
-    """One image exactly as the store would hand it to training: area-resized, rounded to 8 bit, scaled."""
+def _read(file: Path, recipe: Recipe) -> tuple[NDArray[np.uint8], float, float, tuple[int, int]]:
+    """One image exactly as the store would hand it to training: area-resized, rounded to 8 bit."""
     image = read_image(file)
     small = area_resize(image, recipe.data.size).round().astype(np.uint8)
-    scaled = scale_intensity(small, float(image.min()), float(image.max()), recipe.data)
-    return normalise(scaled, recipe.data), (image.shape[0], image.shape[1])
+    return small, float(image.min()), float(image.max()), (image.shape[0], image.shape[1])
 
 
 def _write(partial: Path, stem: str, full: NDArray[np.float32], threshold: float, probabilities: bool) -> None:

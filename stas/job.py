@@ -18,6 +18,7 @@ from stas.config import Recipe, dump_recipe, parse_recipe
 from stas.distributed import Ranks
 from stas.errors import StoppedEarly, UsageError
 from stas.files import write_json, write_text
+from stas.loader import Pixels
 from stas.losses import build_loss
 from stas.model import build_network
 from stas.optim import build_optimizer
@@ -71,6 +72,7 @@ class Job:
     run: RunPaths
     ranks: Ranks
     store: Store
+    pixels: Pixels
     training: list[int]  # positions in the store
     validation: list[int]
     network: nn.Module
@@ -143,7 +145,9 @@ def set_up(recipe: Recipe, workspace: Workspace, paths: RunPaths, ranks: Ranks) 
     log.info("%s: %d ranks on %s", paths.root, ranks.size, ranks.device.type)
     parallel = _parallel(network, recipe, ranks)
     loss = build_loss(recipe.loss)
-    return Job(recipe, paths, ranks, store, training, validation, network, parallel, optimizer, scaler, loss), progress
+    pixels = Pixels(store, training, ranks.device)
+    job = Job(recipe, paths, ranks, store, pixels, training, validation, network, parallel, optimizer, scaler, loss)
+    return job, progress
 
 
 def _parallel(network: nn.Module, recipe: Recipe, ranks: Ranks) -> nn.Module:

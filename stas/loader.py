@@ -1,28 +1,35 @@
-"""Batches for training: which samples, in which order, changed how: all a function of seed, epoch and index."""
+"""Batches for training: which samples, in which order, changed how: all a function of seed, epoch and index.
+
+A batch holds what the store holds, a byte for each value; what the network sees is made of it on its device.
+"""
 
 import queue
 import threading
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from stas.augment import Changes, draw_changes
 from stas.config import Recipe
 from stas.store import Store
-from stas.transforms import build_augmentation, normalise, scale_intensity
 
 T = TypeVar("T")
+RESIDENT_SHARE = 0.1  # of a GPU's memory that the samples may take; the rest is the network's
 
 
 @dataclass(frozen=True)
 class Batch:
     """One rank's share of a global batch."""
 
-    images: Tensor  # (N, 3, H, W), float32
-    masks: Tensor  # (N, 1, H, W), float32, foreground fraction in [0, 1]
+    images: Tensor  # (N, H, W, 3), uint8, RGB
+    masks: Tensor  # (N, H, W), uint8, foreground fraction times 255
+    low: Tensor  # (N,), float32, smallest value of the original image, 0 to 255
+    high: Tensor  # (N,), float32, the largest
+    changes: Changes
     weights: Tensor  # (N,), float32: 1, or 0 for a repeated sample that evens out the ranks
     total: int  # images in the global batch
     stems: list[str]
@@ -30,10 +37,46 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         if device.type == "cpu":
             return self
-        images, masks, weights = (
-            tensor.pin_memory().to(device, non_blocking=True) for tensor in (self.images, self.masks, self.weights)
-        )
-        return Batch(images, masks, weights, self.total, self.stems)
+        names = ("images", "masks", "low", "high", "weights")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return replace(self, changes=self.changes.to(device), **moved)
+
+
+class Pixels:
+    """The pixels of the samples that a rank trains on: on its GPU where they fit, else read from the store each time.
+
+    Every rank needs all of them: the order, and so the share of each, is another in every epoch.
+    """
+
+    def __init__(self, store: Store, samples: Sequence[int], device: torch.device) -> None:
+        self.store = store
+        self._device = device
+        self._position = {index: position for position, index in enumerate(samples)}
+        self._resident: tuple[Tensor, Tensor] | None = None
+        size = len(samples) * store.size[0] * store.size[1] * 4
+        if device.type == "cuda" and size <= RESIDENT_SHARE * torch.cuda.get_device_properties(device).total_memory:
+            self._resident = self._copied(samples)
+
+    def take(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Images (N, H, W, 3) and masks (N, H, W), uint8, of samples by their position in the store."""
+        if self._resident:
+            chosen = torch.tensor([self._position[index] for index in indices]).to(self._device)
+            return self._resident[0][chosen], self._resident[1][chosen]
+        pinned = self._device.type == "cuda"  # or copying to the GPU would wait for it
+        images = torch.empty(len(indices), *self.store.size, 3, dtype=torch.uint8, pin_memory=pinned)
+        masks = torch.empty(len(indices), *self.store.size, dtype=torch.uint8, pin_memory=pinned)
+        for position, index in enumerate(indices):
+            self.store.image(index, out=images[position].numpy())
+            self.store.mask(index, out=masks[position].numpy())
+        return images, masks
+
+    def _copied(self, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
+        images = torch.empty(len(samples), *self.store.size, 3, dtype=torch.uint8, device=self._device)
+        masks = torch.empty(len(samples), *self.store.size, dtype=torch.uint8, device=self._device)
+        for index, position in self._position.items():
+            images[position] = torch.from_numpy(self.store.image(index))
+            masks[position] = torch.from_numpy(self.store.mask(index))
+        return images, masks
 
 
 def steps_per_epoch(samples: int, batch: int) -> int:
@@ -42,12 +85,12 @@ def steps_per_epoch(samples: int, batch: int) -> int:
 
 
 def epoch_batches(
-    store: Store, samples: Sequence[int], recipe: Recipe, epoch: int, rank: int, ranks: int, first: int = 0
+    pixels: Pixels, samples: Sequence[int], recipe: Recipe, epoch: int, rank: int, ranks: int, first: int = 0
 ) -> Iterator[Batch]:
     """Yield this rank's share of each global batch of an epoch.
 
     Args:
-        store: the samples.
+        pixels: gives the samples' pixels.
         samples: positions in the store that are for training.
         recipe: gives the global batch, the seed and the augmentation.
         epoch: from 0.
@@ -55,24 +98,23 @@ def epoch_batches(
         ranks: how many processes share a batch.
         first: the step to begin with, to go on within an epoch.
     """
-    augmentation = build_augmentation(recipe.augment)
-    order = np.random.default_rng([recipe.train.seed, epoch]).permutation(np.asarray(samples)).tolist()
-    size = recipe.train.batch
+    seed, size = recipe.train.seed, recipe.train.batch
+    order = np.random.default_rng([seed, epoch]).permutation(np.asarray(samples)).tolist()
     for step in range(first, steps_per_epoch(len(order), size)):
         together = order[step * size : (step + 1) * size]
         share, weights = rank_share(together, rank, ranks)
-        images, masks = [], []
-        for index in share:
-            entry = store.samples[index]
-            image = scale_intensity(store.image(index), entry["min"], entry["max"], recipe.data)
-            mask = torch.from_numpy(store.mask(index)).float()[None] / 255
-            seed = np.random.SeedSequence([recipe.train.seed, epoch, index]).generate_state(1)[0]
-            augmentation.set_random_state(seed=int(seed))
-            changed: Any = augmentation({"image": image, "mask": mask})
-            images.append(normalise(changed["image"], recipe.data))
-            masks.append(changed["mask"])
-        stems = [store.samples[index]["stem"] for index in share]
-        yield Batch(torch.stack(images), torch.stack(masks), torch.tensor(weights), len(together), stems)
+        entries = [pixels.store.samples[index] for index in share]
+        images, masks = pixels.take(share)
+        yield Batch(
+            images,
+            masks,
+            low=torch.tensor([float(entry["min"]) for entry in entries]),
+            high=torch.tensor([float(entry["max"]) for entry in entries]),
+            changes=draw_changes(recipe.augment, [(seed, epoch, index) for index in share]),
+            weights=torch.tensor(weights),
+            total=len(together),
+            stems=[entry["stem"] for entry in entries],
+        )
 
 
 def rank_share(together: Sequence[int], rank: int, ranks: int) -> tuple[list[int], list[float]]:

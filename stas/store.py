@@ -161,13 +161,13 @@ class Store:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def image(self, index: int) -> NDArray[np.uint8]:
-        """The image at the store's size: RGB, (H, W, 3), uint8, writable."""
-        return self._read(index, "image").reshape(*self.size, 3)
+    def image(self, index: int, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+        """The image at the store's size: RGB, (H, W, 3), uint8, writable; copied to `out` where it is given."""
+        return self._read(index, "image", out).reshape(*self.size, 3)
 
-    def mask(self, index: int) -> NDArray[np.uint8]:
+    def mask(self, index: int, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
         """The mask at the store's size: (H, W), uint8, the covered share of each pixel times 255, writable."""
-        return self._read(index, "mask").reshape(self.size)
+        return self._read(index, "mask", out).reshape(self.size)
 
     def full_mask(self, index: int) -> NDArray[np.bool_]:
         """The mask at the image's own size: (height, width), bool, writable."""
@@ -202,7 +202,7 @@ class Store:
         if self._file is not None:
             _close(self._file)
 
-    def _read(self, index: int, part: str) -> NDArray[np.uint8]:
+    def _read(self, index: int, part: str, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
         if not 0 <= index < len(self.samples):
             raise IndexError(f"sample {index} of a store of {len(self.samples)}")
         if self._file is None:
@@ -215,7 +215,11 @@ class Store:
                 if data is None or (length is not None and len(data) != length):
                     found = "no" if data is None else f"{len(data)} instead of {length} bytes of"
                     raise InputDataError(f"{self.directory}: sample {stem} has {found} {part}: {_MAKE_AGAIN}")
-                return np.array(np.frombuffer(data, np.uint8))  # copied, as the buffer ends with the transaction
+                pixels = np.frombuffer(data, np.uint8)  # copied, as the buffer ends with the transaction
+                if out is None:
+                    return pixels.copy()
+                out[...] = pixels.reshape(out.shape)
+                return out
         except lmdb.Error as error:
             raise InputDataError(f"{self.directory}: sample {stem} is not readable ({error}): {_MAKE_AGAIN}") from error
 

@@ -29,6 +29,7 @@ from stas.optim import rate_factor, set_learning_rate
 from stas.paths import Workspace, lock
 from stas.progress import MetricsLog, bar, epoch_line, time_left
 from stas.resources import GIB, usage
+from stas.transforms import prepare
 from stas.validate import validate
 
 log = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ def _train_epoch(
     recipe, ranks = job.recipe, job.ranks
     steps = steps_per_epoch(len(job.training), recipe.train.batch)
     batches = epoch_batches(
-        job.store, job.training, recipe, progress.epoch, ranks.rank, ranks.size, first=progress.step
+        job.pixels, job.training, recipe, progress.epoch, ranks.rank, ranks.size, first=progress.step
     )
     seen = 0
     job.parallel.train()
@@ -181,11 +182,11 @@ def _train_epoch(
 
 def _backward(job: Job, batch: Batch) -> tuple[float, bool]:
     """From zero_grad to gradients: the sum of this rank's losses, and whether loss and gradients are finite."""
-    format_ = torch.channels_last if job.recipe.train.channels_last else torch.contiguous_format
+    images, masks = prepare(batch, job.recipe)
     job.optimizer.zero_grad(set_to_none=True)
     with job.autocast():
-        logits = job.parallel(batch.images.contiguous(memory_format=format_))
-    per_image = job.loss(logits, batch.masks) * batch.weights
+        logits = job.parallel(images)
+    per_image = job.loss(logits, masks) * batch.weights
     loss = per_image.sum() * job.ranks.size / batch.total  # DDP divides by the ranks: the mean over the global batch
     job.scaler.scale(loss).backward()
     checked: list[Tensor] = [per_image.detach().sum()]

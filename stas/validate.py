@@ -1,12 +1,13 @@
 """Loss and Dice on the images held out from training."""
 
+import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
 from stas import distributed
 from stas.job import Job
 from stas.metrics import confusion, dice
-from stas.transforms import normalise, scale_intensity
+from stas.transforms import as_input
 
 
 @torch.no_grad()
@@ -18,25 +19,21 @@ def validate(job: Job) -> tuple[float, float]:
     """
     distributed.copy_from_first(job.network)
     job.network.eval()
-    data = job.recipe.data
+    device = job.ranks.device
     losses = scores = 0.0
     share = job.validation[job.ranks.rank :: job.ranks.size]
     size = -(-job.recipe.train.batch // job.ranks.size)
     for start in range(0, len(share), size):
         indices = share[start : start + size]
         entries = [job.store.samples[index] for index in indices]
-        images = torch.stack(
-            [
-                normalise(scale_intensity(job.store.image(index), entry["min"], entry["max"], data), data)
-                for index, entry in zip(indices, entries, strict=True)
-            ]
-        )
+        low, high = (torch.tensor([float(entry[end]) for entry in entries], device=device) for end in ("min", "max"))
+        pixels = torch.from_numpy(np.stack([job.store.image(index) for index in indices])).to(device)
         with job.autocast():
-            logits = job.network(images.to(job.ranks.device)).float()
+            logits = job.network(as_input(pixels, low, high, job.recipe)).float()
         for index, logit in zip(indices, logits, strict=True):
             truth = job.store.full_mask(index)
             full = interpolate(logit[None], truth.shape, mode="bilinear")
-            target = torch.from_numpy(truth).to(job.ranks.device)[None, None]
+            target = torch.from_numpy(truth).to(device)[None, None]
             losses += job.loss(full, target).item()
             scores += float(dice(confusion((full[0, 0] > 0).cpu().numpy(), truth)))
     total_loss, total_dice, count = distributed.sum_over_ranks([losses, scores, len(share)])

@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from stas.config import Data
-from stas.loader import epoch_batches, prefetch, rank_share, steps_per_epoch
+from stas.loader import Pixels, epoch_batches, prefetch, rank_share, steps_per_epoch
 from stas.store import open_store
 
 
 def batches(workspace, recipe, rank=0, ranks=1, epoch=0, first=0):
     store = open_store(workspace, recipe.data)
-    return list(epoch_batches(store, range(len(store)), recipe, epoch, rank, ranks, first))
+    pixels = Pixels(store, range(len(store)), torch.device("cpu"))
+    return list(epoch_batches(pixels, range(len(store)), recipe, epoch, rank, ranks, first))
 
 
 def test_an_epoch_holds_every_sample_once(store_workspace, tiny):
@@ -23,9 +24,9 @@ def test_an_epoch_holds_every_sample_once(store_workspace, tiny):
 def test_shapes_ranges_and_the_short_last_batch(store_workspace, tiny):
     *_, last = made = batches(store_workspace, tiny)
     assert len(made) == steps_per_epoch(10, 4) == 3
-    assert made[0].images.shape == (4, 3, 64, 64) and made[0].masks.shape == (4, 1, 64, 64)
-    assert made[0].images.dtype == made[0].masks.dtype == torch.float32
-    assert made[0].masks.max() <= 1 and made[0].images.max() <= 1
+    assert made[0].images.shape == (4, 64, 64, 3) and made[0].masks.shape == (4, 64, 64)
+    assert made[0].images.dtype == made[0].masks.dtype == torch.uint8
+    assert torch.all(made[0].low < made[0].high)
     assert (last.total, last.images.shape[0]) == (2, 2)
 
 
@@ -40,12 +41,24 @@ def test_ranks_cut_the_same_batches(store_workspace, tiny):
         real = torch.cat([part.weights for part in parts]).bool()
         assert torch.equal(torch.cat([part.images for part in parts])[real], whole.images)
         assert torch.equal(torch.cat([part.masks for part in parts])[real], whole.masks)
+        assert torch.equal(torch.cat([part.changes.gain for part in parts])[real], whole.changes.gain)
 
 
 def test_beginning_within_an_epoch_gives_the_rest_of_it(store_workspace, tiny):
     whole, rest = batches(store_workspace, tiny), batches(store_workspace, tiny, first=1)
     assert [batch.stems for batch in rest] == [batch.stems for batch in whole[1:]]
     assert torch.equal(rest[0].images, whole[1].images)
+
+
+def test_a_batch_holds_its_samples_pixels_and_range(store_workspace, tiny):
+    store = open_store(store_workspace, tiny.data)
+    batch = batches(store_workspace, tiny)[1]
+    for position, stem in enumerate(batch.stems):
+        index = [sample["stem"] for sample in store.samples].index(stem)
+        assert torch.equal(batch.images[position], torch.from_numpy(store.image(index)))
+        assert torch.equal(batch.masks[position], torch.from_numpy(store.mask(index)))
+        entry = store.samples[index]
+        assert (batch.low[position], batch.high[position]) == (entry["min"], entry["max"])
 
 
 def test_rank_share_by_hand():

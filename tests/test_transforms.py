@@ -6,18 +6,30 @@ from monai.transforms.intensity.array import ScaleIntensity
 from monai.transforms.spatial.array import Resize
 from monai.transforms.utility.array import EnsureChannelFirst
 
-from stas.config import Augment, Data
-from stas.store import area_resize
-from stas.transforms import build_augmentation, jitter_stains, normalise, scale_intensity
+from stas.config import Data, Recipe, Train
+from stas.loader import Pixels, epoch_batches
+from stas.store import area_resize, open_store
+from stas.transforms import as_input, normalise, prepare, scale_intensity
+
+
+def recipe(**data):
+    return Recipe(name="test", data=Data(**data))
+
+
+def numbers(*values):
+    return torch.tensor(values, dtype=torch.float32)
 
 
 def test_scaling_is_each_images_own_minimum_and_maximum():
-    image = np.array([[[10, 20, 30]], [[50, 60, 110]]], np.uint8)  # (2, 1, 3)
-    scaled = scale_intensity(image, 10, 110, Data())
-    assert scaled.shape == (3, 2, 1)
-    assert scaled[:, :, 0].T.tolist() == pytest.approx(np.array([[0, 0.1, 0.2], [0.4, 0.5, 1]]))
-    assert scale_intensity(image, 7, 7, Data()).abs().sum() == 0
-    assert scale_intensity(image, 10, 110, Data(intensity="unit"))[2, 1, 0].item() == pytest.approx(110 / 255)
+    image = torch.tensor([[[10, 20, 30]], [[50, 60, 110]]], dtype=torch.uint8)  # (2, 1, 3)
+    images, low, high = torch.stack([image, image, image]), numbers(10, 0, 7), numbers(110, 255, 7)
+    scaled = scale_intensity(images, low, high, recipe())
+    assert scaled.shape == (3, 3, 2, 1)
+    assert scaled[0, :, :, 0].T.flatten().tolist() == pytest.approx([0, 0.1, 0.2, 0.4, 0.5, 1])
+    assert scaled[1, 2, 1, 0].item() == pytest.approx(110 / 255)
+    assert scaled[2].abs().sum() == 0  # an image of one value
+    unit = scale_intensity(images, low, high, recipe(intensity="unit"))
+    assert torch.equal(unit, images.permute(0, 3, 1, 2) / 255)
 
 
 def test_the_stored_way_is_monais_way_within_rounding():
@@ -25,8 +37,8 @@ def test_the_stored_way_is_monais_way_within_rounding():
     image = np.random.default_rng(0).integers(30, 220, (94, 171, 3)).astype(np.uint8)
     steps = [EnsureChannelFirst(channel_dim=-1), ScaleIntensity(), Resize((80, 80), mode="area")]
     monais = Compose(steps)(image.astype(np.float32))
-    small = area_resize(image, (80, 80)).round().astype(np.uint8)
-    ours = scale_intensity(small, float(image.min()), float(image.max()), Data())
+    small = torch.from_numpy(area_resize(image, (80, 80)).round().astype(np.uint8))
+    ours = scale_intensity(small[None], numbers(image.min()), numbers(image.max()), recipe())[0]
     assert np.abs(np.asarray(monais) - ours.numpy()).max() <= 0.5 / (219 - 30) + 1e-5
 
 
@@ -36,57 +48,35 @@ def test_normalise_by_hand():
     assert normalise(torch.ones(3, 1, 1), Data()).sum() == 3
 
 
-def draws(augment, count, size=8):
-    """Augmented copies of one picture whose 8 symmetries all differ, with the mask moved alike."""
-    augmentation = build_augmentation(augment)
-    image = torch.rand(3, size, size, generator=torch.Generator().manual_seed(0))
-    results = []
-    for seed in range(count):
-        augmentation.set_random_state(seed=seed)
-        results.append(augmentation({"image": image.clone(), "mask": image[:1].clone()}))
-    return image, results
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_network_gets_the_recipes_memory_format(channels_last):
+    images = torch.randint(256, (2, 4, 5, 3), dtype=torch.uint8)
+    made = Recipe(name="test", data=Data(mean=(0, 0, 0), std=(1, 1, 1)), train=Train(channels_last=channels_last))
+    given = as_input(images, numbers(0, 0), numbers(255, 255), made)
+    format_ = torch.channels_last if channels_last else torch.contiguous_format
+    assert given.shape == (2, 3, 4, 5) and given.is_contiguous(memory_format=format_)
 
 
-def test_dihedral_draws_each_of_the_eight_symmetries_equally():
-    _, results = draws(Augment(dihedral=True), 800)
-    seen = {}
-    for result in results:
-        assert torch.equal(result["image"][:1], result["mask"])  # image and mask move together
-        key = result["image"].numpy().tobytes()
-        seen[key] = seen.get(key, 0) + 1
-    assert len(seen) == 8
-    assert min(seen.values()) > 60 and max(seen.values()) < 140
+def test_training_and_inference_see_the_same_where_nothing_is_changed(store_workspace, tiny):
+    plain = tiny.model_copy(update={"augment": type(tiny.augment)()})
+    store = open_store(store_workspace, plain.data)
+    batch = next(epoch_batches(Pixels(store, range(10), torch.device("cpu")), range(10), plain, 0, 0, 1))
+    images, masks = prepare(batch, plain)
+    assert torch.equal(images, as_input(batch.images, batch.low, batch.high, plain))
+    assert images.shape == (4, 3, 64, 64) and masks.shape == (4, 1, 64, 64)
+    assert images.dtype == masks.dtype == torch.float32
+    assert torch.equal(masks[:, 0], batch.masks / 255)
 
 
-def test_rot90_leaves_seven_of_ten_alone():
-    image, results = draws(Augment(rot90=0.3), 500)
-    same = sum(torch.equal(result["image"], image) for result in results)
-    assert 310 < same < 390
-    rotations = [torch.rot90(image, turns, (1, 2)) for turns in range(4)]
-    assert all(any(torch.equal(result["image"], turned) for turned in rotations) for result in results)
-
-
-def test_colour_and_stain_change_the_image_only_and_stay_in_range():
-    for augment in (Augment(color=1), Augment(stain=1)):
-        image, results = draws(augment, 50)
-        for result in results:
-            assert torch.equal(result["mask"], image[:1])
-            assert result["image"].min() >= 0 and result["image"].max() <= 1
-        assert sum(not torch.equal(result["image"], image) for result in results) == 50
-
-
-def test_a_draw_is_a_function_of_the_seed():
-    augment = Augment(dihedral=True, color=1, stain=1)
-    first, second = draws(augment, 5)[1], draws(augment, 5)[1]
-    assert all(torch.equal(a["image"], b["image"]) for a, b in zip(first, second, strict=True))
-    assert not torch.equal(first[0]["image"], first[1]["image"])
-
-
-def test_stain_jitter_by_hand():
-    image = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(1)) * 0.9 + 0.05
-    one, zero = torch.ones(3), torch.zeros(3)
-    assert torch.allclose(jitter_stains(image, one, zero), image, atol=1e-5)
-    # Twice every stain is twice the optical density: the square of the transmitted light.
-    assert torch.allclose(jitter_stains(image, 2 * one, zero), image**2, atol=1e-5)
-    # Without stain all light passes.
-    assert torch.allclose(jitter_stains(image, zero, zero), torch.ones_like(image))
+def test_a_batch_that_is_changed_is_each_sample_changed(store_workspace, tiny):
+    """Of a batch and of a sample alone, the network sees the same."""
+    store = open_store(store_workspace, tiny.data)
+    pixels = Pixels(store, range(10), torch.device("cpu"))
+    one = tiny.model_copy(update={"train": tiny.train.model_copy(update={"batch": 1})})
+    together = prepare(next(epoch_batches(pixels, range(10), tiny, 0, 0, 1)), tiny)
+    alone = [
+        prepare(batch, one) for _, batch in zip(range(4), epoch_batches(pixels, range(10), one, 0, 0, 1), strict=False)
+    ]
+    for part in (0, 1):
+        assert torch.allclose(together[part], torch.cat([sample[part] for sample in alone]), atol=1e-6)
+    assert not torch.equal(together[0], prepare(next(epoch_batches(pixels, range(10), tiny, 1, 0, 1)), tiny)[0])
