@@ -62,13 +62,17 @@ class Pixels:
         if self._resident:
             chosen = torch.tensor([self._position[index] for index in indices]).to(self._device)
             return self._resident[0][chosen], self._resident[1][chosen]
-        pinned = self._device.type == "cuda"  # or copying to the GPU would wait for it
-        images = torch.empty(len(indices), *self.store.size, 3, dtype=torch.uint8, pin_memory=pinned)
-        masks = torch.empty(len(indices), *self.store.size, dtype=torch.uint8, pin_memory=pinned)
+        images, masks = (self._empty(len(indices), *self.store.size, *last) for last in ((3,), ()))
         for position, index in enumerate(indices):
             self.store.image(index, out=images[position].numpy())
             self.store.mask(index, out=masks[position].numpy())
         return images, masks
+
+    def _empty(self, *shape: int) -> Tensor:
+        if self._device.type == "cuda":  # or copying to the GPU would wait for it
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        # numpy asks the system for huge pages, torch does not: page by page, it takes longer than the copying.
+        return torch.from_numpy(np.empty(shape, np.uint8))
 
     def _copied(self, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
         images = torch.empty(len(samples), *self.store.size, 3, dtype=torch.uint8, device=self._device)
