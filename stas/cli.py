@@ -194,7 +194,13 @@ def _weights_fetch(options: argparse.Namespace) -> None:
     recipes = (
         [load_recipe(options.recipe)] if options.recipe else load_ensemble(options.ensemble or "reference").recipes
     )
-    fetch_weights(options.directory, [recipe.model for recipe in recipes])
+    fetch_weights(options.directory, [recipe.model for recipe in recipes], options.allow_pickle)
+
+
+def _weights_convert(options: argparse.Namespace) -> None:
+    from stas.pickles import convert_weights
+
+    convert_weights(options.pickle, options.target, options.allow_pickle)
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -253,14 +259,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_launch(stages)
     command = stages.add_parser("recipes", help="list the recipes with encoder, size and batch; and the ensembles")
     command.set_defaults(command=_recipes)
-    command = stages.add_parser("weights", help="fetch pretrained weights for machines without network")
-    actions = command.add_subparsers(metavar="ACTION", required=True)
-    command = actions.add_parser("fetch", help="put encoder weights into a directory, to be named by STAS_WEIGHTS_DIR")
-    command.set_defaults(command=_weights_fetch)
-    command.add_argument("directory", type=Path, metavar="DIR")
-    which = command.add_mutually_exclusive_group()
-    which.add_argument("--recipe", help="of this recipe only")
-    _add_ensemble(which, "of its recipes (default: reference)")
+    _add_weights(stages)
     command = stages.add_parser("doctor", help="what this machine can run, and what will go wrong")
     command.set_defaults(command=_doctor)
     _add_workspace(command)
@@ -364,6 +363,24 @@ def _add_launch(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     command.add_argument("--node", type=int, metavar="INDEX", help="this node's number; 0 is the one they meet at")
     command.add_argument("--job", metavar="NAME", help="what tells this job of several nodes from others")
     command.add_argument("stage", nargs=argparse.REMAINDER, metavar="STAGE ...", help="a stage with its arguments")
+
+
+def _add_weights(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = stages.add_parser("weights", help="fetch pretrained weights for machines without network")
+    actions = command.add_subparsers(metavar="ACTION", required=True)
+    command = actions.add_parser("fetch", help="put encoder weights into a directory, to be named by STAS_WEIGHTS_DIR")
+    command.set_defaults(command=_weights_fetch)
+    command.add_argument("directory", type=Path, metavar="DIR")
+    which = command.add_mutually_exclusive_group()
+    which.add_argument("--recipe", help="of this recipe only")
+    _add_ensemble(which, "of its recipes (default: reference)")
+    trust = "of makers that you trust: a pickle may hold code"
+    command.add_argument("--allow-pickle", action="store_true", help=f"convert pickles where needed, {trust}")
+    command = actions.add_parser("convert", help="make weights of your own safetensors, which alone are read")
+    command.set_defaults(command=_weights_convert)
+    command.add_argument("pickle", type=Path, metavar="FILE.pth")
+    command.add_argument("target", type=Path, metavar="DIR/NAME.safetensors")
+    command.add_argument("--allow-pickle", action="store_true", help=f"needed: read a pickle, {trust}")
 
 
 def _add_ensemble(command: argparse._ActionsContainer, purpose: str) -> None:

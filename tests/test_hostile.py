@@ -13,6 +13,7 @@ import re
 import struct
 import subprocess
 import sys
+import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,7 @@ from stas.infer import _check_same_images
 from stas.job import Progress
 from stas.optim import build_optimizer
 from stas.paths import Workspace, manifest, store_data
+from stas.pickles import convert_weights
 from stas.predictions import is_finished, read_member_mask, write_manifest
 from stas.split import split_samples
 from stas.store import Store, open_store
@@ -302,7 +304,10 @@ def test_fuzz_weights(referee: Referee, outside: Path, suffix: str):
     @given(spoilt([whole]))
     def fuzz(content: bytes) -> None:
         path.write_bytes(content)
-        referee.judge(lambda: weights._read(path))
+        if suffix == ".safetensors":
+            referee.judge(lambda: weights._read(path))
+        else:
+            referee.judge(lambda: convert_weights(path, outside / "b.safetensors", allow_pickle=True))
 
     fuzz()
 
@@ -632,7 +637,29 @@ def test_a_pickle_runs_nothing(tmp_path: Path):
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/started",)
 
-    torch.save({"weight": Evil()}, tmp_path / "a.pth")
+    pickle, target = tmp_path / "a.pth", tmp_path / "a.safetensors"
+    torch.save({"weight": Evil()}, pickle)
+    with pytest.raises(UsageError, match=r"a\.pth: a pickle may hold code: .*--allow-pickle"):
+        convert_weights(pickle, target, allow_pickle=False)
     with pytest.raises(UsageError, match=r"a\.pth: not readable as weights"):
-        weights._read(tmp_path / "a.pth")
-    assert not (tmp_path / "started").exists()
+        convert_weights(pickle, target, allow_pickle=True)
+    assert not (tmp_path / "started").exists() and not target.exists()
+
+
+def test_a_pickle_is_no_bomb(tmp_path: Path):
+    """Packed zeros, and a number that stands for terabytes of itself."""
+    pickle, packed, target = tmp_path / "a.pth", tmp_path / "b.pth", tmp_path / "c.safetensors"
+    torch.save({"weight": torch.zeros(10_000_000)}, pickle)
+    with zipfile.ZipFile(pickle) as archive, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as smaller:
+        for entry in archive.infolist():
+            smaller.writestr(entry.filename, archive.read(entry))
+    assert packed.stat().st_size < 100_000
+    with pytest.raises(UsageError, match=r"b\.pth: not readable as weights \(a packed archive of 400\d+ bytes"):
+        convert_weights(packed, target, allow_pickle=True)
+    torch.save({"weight": torch.zeros(1).expand(10**12)}, pickle)
+    with pytest.raises(UsageError, match=r"a\.pth: not readable as weights \(tensors of 4000000000000 bytes"):
+        convert_weights(pickle, target, allow_pickle=True)
+    torch.save({"weight": torch.zeros(2), "step": 3}, pickle)
+    with pytest.raises(UsageError, match=r"holds 'step': a int instead of a named tensor"):
+        convert_weights(pickle, target, allow_pickle=True)
+    assert not target.exists()

