@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from threading import Event
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -106,7 +107,10 @@ def train(
         writer = files.enter_context(CheckpointWriter(paths, held))
         while not distributed.any_of(progress.ended(epochs, limit))[0]:
             train_loss, images = _train_epoch(job, progress, stop, clock, writer)
-            val_loss, val_dice = validate(job)
+            scores = validate(job, stop)
+            if scores is None:
+                _stop_early(job, progress, clock, writer)
+            val_loss, val_dice = scores
             _end_epoch(job, progress, clock, val_loss)
             best = progress.best_epoch == progress.epoch
             record = {
@@ -169,9 +173,7 @@ def _train_epoch(
         progress.step += 1
         seen += batch.total
         if stopping:
-            _save(job, progress, clock, writer)
-            _finish_writing(writer)
-            raise StoppedEarly(f"{job.run.root}: stopped in epoch {progress.epoch + 1}; the same command goes on")
+            _stop_early(job, progress, clock, writer)
         if spent:
             break
         if due:
@@ -250,6 +252,13 @@ def _save(job: Job, progress: Progress, clock: Clock, writer: CheckpointWriter, 
     clock.saved()
 
 
+def _stop_early(job: Job, progress: Progress, clock: Clock, writer: CheckpointWriter) -> NoReturn:
+    """Save the epoch under way: its steps so far or, before its validation, all of them."""
+    _save(job, progress, clock, writer)
+    _finish_writing(writer)
+    raise StoppedEarly(f"{job.run.root}: stopped in epoch {progress.epoch + 1}; the same command goes on")
+
+
 def _finish_writing(writer: CheckpointWriter) -> None:
     """Wait until the first rank's checkpoint is on disk: a rank that ended before it would have it killed."""
     writer.wait()
@@ -278,7 +287,7 @@ def _memory_explained(job: Job, batch: Batch) -> Iterator[None]:
 
 @contextmanager
 def _stop_signal() -> Iterator[Event]:
-    """An event that SIGTERM and SIGUSR1 set. The handler only sets it; the step loop asks all ranks."""
+    """An event that SIGTERM and SIGUSR1 set. The handler only sets it; training and validation ask all ranks."""
     stop = Event()
     numbers = (signal.SIGTERM, signal.SIGUSR1)
     before = [signal.signal(number, lambda *_: stop.set()) for number in numbers]

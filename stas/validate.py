@@ -1,5 +1,7 @@
 """Loss and Dice on the images held out from training."""
 
+from threading import Event
+
 import numpy as np
 import torch
 from torch.nn.functional import interpolate
@@ -11,11 +13,13 @@ from stas.transforms import as_input
 
 
 @torch.no_grad()
-def validate(job: Job) -> tuple[float, float]:
+def validate(job: Job, stop: Event) -> tuple[float, float] | None:
     """Mean over the validation images of loss and of Dice, both at each image's original size.
 
     Every rank takes its share and no image is counted twice. The reference averaged over batches, so that the images
     of a short last batch weighed more; here every image weighs the same. Dice is 1 where both masks are empty.
+
+    None as soon as `stop` is set on any rank, which is looked at before each batch.
     """
     distributed.copy_from_first(job.network)
     job.network.eval()
@@ -23,8 +27,13 @@ def validate(job: Job) -> tuple[float, float]:
     losses = scores = 0.0
     share = job.validation[job.ranks.rank :: job.ranks.size]
     size = -(-job.recipe.train.batch // job.ranks.size)
-    for start in range(0, len(share), size):
+    # Shares differ by one image, and so by one batch: every rank makes the same number of rounds, to agree in each.
+    for start in range(0, -(-len(job.validation) // job.ranks.size), size):
+        if distributed.any_of(stop.is_set())[0]:
+            return None
         indices = share[start : start + size]
+        if not indices:
+            continue
         entries = [job.store.samples[index] for index in indices]
         low, high = (torch.tensor([float(entry[end]) for entry in entries], device=device) for end in ("min", "max"))
         pixels = torch.from_numpy(np.stack([job.store.image(index) for index in indices])).to(device)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -19,6 +20,7 @@ from stas.config import Recipe
 from stas.errors import EXIT_FAILED, EXIT_RESUMABLE, StoppedEarly, TrainingError
 from stas.paths import RunPaths, Workspace, lock
 from stas.progress import read_metrics
+from stas.store import Store
 from stas.train import train
 from tests.launch import QUIET, stas
 from tests.test_train import assert_same_run, changed
@@ -81,6 +83,70 @@ def test_two_ranks_stopped_twice_by_a_signal_to_one_rank_equal_two_never_stopped
         assert process.returncode == EXIT_RESUMABLE, said
         assert position(parts)[0] < 16
     assert stas("launch", "--processes", 2, *again, "pair-parts").returncode == 0
+    assert_same_run(whole, parts)
+
+
+def stop_within_validation(images: int) -> None:
+    """Have SIGTERM sent to this process while the given image, counted over the run, is validated."""
+    read, count = Store.full_mask, [0]
+
+    def read_and_signal(self: Store, index: int) -> Any:
+        count[0] += 1
+        if count[0] == images:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return read(self, index)
+
+    Store.full_mask = read_and_signal
+
+
+def test_stopped_within_a_validation_equals_never_stopped(
+    store_workspace: Workspace, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+):
+    """3 images for validation, one at a time: the second epoch's second is image 5."""
+    options = {"channels": [4, 8], "strides": [2], "norm": "BATCH"}
+    recipe = changed(tiny, model={"options": options}, train={"epochs": 4, "batch": 1})
+    train(recipe, store_workspace, "validated")
+    run = store_workspace.run("stopped-validating")
+    monkeypatch.setattr(Store, "full_mask", Store.full_mask)  # to be put back
+    stop_within_validation(5)
+    with pytest.raises(StoppedEarly, match="stopped in epoch 2; the same command goes on"):
+        train(recipe, store_workspace, run.root.name)
+    assert position(run) == (1, 7) and len(read_metrics(run.metrics)) == 1, "all 7 steps, not validated"
+    monkeypatch.undo()
+    train(recipe, store_workspace, run.root.name)
+    assert_same_run(store_workspace.run("validated"), run)
+
+
+def test_two_ranks_stopped_within_a_validation_equal_two_never_stopped(
+    store_workspace: Workspace, tiny: Recipe, tmp_path: Path
+):
+    """Of 3 images the second rank has one: it is told to stop when it has no more, and the first still has one."""
+    path = recipe_file(changed(tiny, train={"epochs": 4, "batch": 2}), tmp_path)
+    again = ["train", "--recipe", path, "--workspace", store_workspace.root, "--run"]
+    whole, parts = store_workspace.run("pair-validated"), store_workspace.run("pair-stopped-validating")
+    assert stas("launch", "--processes", 2, *again, whole.root.name).returncode == 0
+    script = tmp_path / "stops.py"
+    script.write_text(
+        "import os, sys\nfrom stas.cli import main\nfrom tests.test_resume import stop_within_validation\n"
+        "if os.environ['RANK'] == '1': stop_within_validation(2)\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--",
+        str(script),
+    ]
+    environment = os.environ | QUIET | {"PYTHONPATH": str(Path.cwd())}
+    stage = [*map(str, again), parts.root.name]
+    stopped = subprocess.run([*torchrun, *stage], env=environment, capture_output=True, text=True, timeout=120)
+    assert "stopped in epoch 2; the same command goes on" in stopped.stderr, stopped.stderr
+    assert position(parts) == (1, 4) and len(read_metrics(parts.metrics)) == 1, "all 4 steps, not validated"
+    assert stas("launch", "--processes", 2, *again, parts.root.name).returncode == 0
     assert_same_run(whole, parts)
 
 
