@@ -15,7 +15,7 @@ from scripts.bench.measure import Row, machine
 from scripts.bench.site import make_site
 
 # Each is a module here with a function `measure(site) -> Iterator[Row]`.
-PARTS = ("optimizer",)
+PARTS = ("optimizer", "memory", "start")
 
 
 def main() -> int:

@@ -1,0 +1,106 @@
+"""How much memory the samples take on a node: four ranks that read one store, and four that each cache what they read.
+
+A page that several processes map is counted once: a process's proportional set size (PSS, of the kernel's
+/proc/PID/smaps_rollup) has each of its pages divided by the number of processes that map it.
+"""
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+import psutil
+
+from scripts.bench.measure import Row
+from scripts.bench.site import Site, multiplied
+from stas.config import load_recipe
+from stas.paths import Workspace, store_data
+from stas.preprocess import preprocess
+from stas.store import Store
+
+MIB = 2**20
+Files = tuple[list[Path], list[Path]]  # images, masks
+Prepare = Callable[..., Callable[[], object]]
+
+
+def measure(site: Site) -> Iterator[Row]:
+    from scripts.bench.rivals import mask_files
+
+    size, samples, cached, ranks = (64, 12, 2, 2) if site.quick else (800, 80, 16, 4)
+    directory = _store(site, size, samples)
+    files = [site.images / f"{stem}.jpg" for stem in site.stems], mask_files(site.annotations, site.scratch / "masks")
+    files = files[0][:cached], files[1][:cached]
+    one, four = (_grown(count, read_store, directory) for count in (1, ranks))
+    rival_one, rival_four = (_grown(count, fill_cache, (files, size)) for count in (1, ranks))
+    yield Row(
+        f"memory: pages of {ranks} ranks beyond one's, in copies of the data",
+        value=sum(four) / sum(one) - 1,
+        target=0.1,
+        at_least=False,
+        detail={
+            "store MiB": store_data(directory).stat().st_size / MIB,
+            "one rank MiB": sum(one) / MIB,
+            f"{ranks} ranks MiB": sum(four) / MIB,
+            "one rank MiB a sample": sum(one) / MIB / samples,
+            "copies beyond one with CacheDataset": sum(rival_four) / sum(rival_one) - 1,
+            "CacheDataset, one rank MiB a sample": sum(rival_one) / MIB / cached,
+        },
+        note="Proportional set size after reading all samples less that before. The rival keeps float32, in each rank.",
+    )
+
+
+def read_store(directory: Path) -> Callable[[], object]:
+    """Open a store; what is returned reads every sample and keeps none, as training does."""
+    store = Store(directory)
+
+    def read() -> int:
+        return sum(int(store.image(index)[0, 0, 0]) + int(store.mask(index)[0, 0]) for index in range(len(store)))
+
+    store.image(0)  # LMDB and its checks are loaded
+    return read
+
+
+def fill_cache(source: tuple[Files, int]) -> Callable[[], object]:
+    """Load the rival; what is returned caches every sample."""
+    from scripts.bench.rivals import competent_loader  # here, because the store's readers need none of its libraries
+
+    (images, masks), size = source
+    competent_loader(images[:1], masks[:1], size, 1)
+    return lambda: competent_loader(images, masks, size, 1)
+
+
+def _grown(ranks: int, prepare: Prepare, source: object) -> list[int]:
+    """Bytes that each of `ranks` new processes has more, all of them at once, when it has read everything."""
+    context = multiprocessing.get_context("spawn")  # as torchrun's, they share nothing but files
+    barrier, results = context.Barrier(ranks), context.Queue()
+    processes = [context.Process(target=_rank, args=(prepare, source, barrier, results)) for _ in range(ranks)]
+    for process in processes:
+        process.start()
+    grown = [results.get(timeout=600) for _ in processes]
+    for process in processes:
+        process.join()
+    return grown
+
+
+def _rank(prepare: Prepare, source: object, barrier: Barrier, results: "Queue[int]") -> None:
+    read = prepare(source)
+    barrier.wait()
+    before = psutil.Process().memory_full_info().pss
+    barrier.wait()
+    kept = read()
+    barrier.wait()
+    after = psutil.Process().memory_full_info().pss
+    barrier.wait()  # nobody ends, and with it its share of the pages, while others still count
+    del kept
+    results.put(after - before)
+
+
+def _store(site: Site, size: int, samples: int) -> Path:
+    """A store of `samples` squares of `size` pixels."""
+    made = site.scratch / "memory"
+    images, annotations = (
+        multiplied(source, made / source.name, samples) for source in (site.images, site.annotations)
+    )
+    recipe = load_recipe("efficientnet_b6_ns", [f"data.size={size}", "data.split.kind=fraction"])
+    return preprocess([images], [annotations], Workspace(made), recipe)
