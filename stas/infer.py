@@ -151,20 +151,26 @@ def _predict_share(
         network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     writing: list[Future[None]] = []
     batches = prefetch(_batches(todo, files, recipe))
-    with ThreadPoolExecutor(2) as pool, torch.inference_mode():
+    with ThreadPoolExecutor(2) as pool:
         for stems, pixels, low, high, sizes in bar(batches, len(todo), "infer", show=ranks.first):
-            images = as_input(pixels.to(ranks.device), low.to(ranks.device), high.to(ranks.device), recipe)
-            with torch.autocast(
-                ranks.device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"
-            ):  # fp16 trains with a scaler; its predictions are made in fp32
-                logits = predict_logits(network, images, key["tta"])
+            logits = _logits(network, (pixels, low, high), recipe, key["tta"], ranks.device)
             for stem, logit, size in zip(stems, logits, sizes, strict=True):
-                full = torch.sigmoid(interpolate(logit[None], size, mode="bilinear"))[0, 0].cpu().numpy()
-                writing.append(pool.submit(_write, partial, stem, full, key["threshold"], key["probabilities"]))
+                writing.append(pool.submit(_write, partial, stem, logit, size, key["threshold"], key["probabilities"]))
             while len(writing) > 4 * recipe.infer.batch:  # bounds the memory of masks that wait
                 writing.pop(0).result()
         for future in writing:
             future.result()
+
+
+@torch.inference_mode()
+def _logits(
+    network: nn.Module, images: tuple[Tensor, Tensor, Tensor], recipe: Recipe, tta: bool, device: torch.device
+) -> Tensor:
+    """Logits (N, 1, H, W), float32, of images with their smallest and largest values (see `_batches`)."""
+    pixels, low, high = (tensor.to(device) for tensor in images)
+    inputs = as_input(pixels, low, high, recipe)
+    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
+        return predict_logits(network, inputs, tta)  # fp16 trains with a scaler; its predictions are made in fp32
 
 
 def _batches(
@@ -184,10 +190,18 @@ def _read(file: Path, recipe: Recipe) -> tuple[NDArray[np.uint8], float, float, 
     return small, float(image.min()), float(image.max()), (image.shape[0], image.shape[1])
 
 
-def _write(partial: Path, stem: str, full: NDArray[np.float32], threshold: float, probabilities: bool) -> None:
+@torch.inference_mode()
+def _write(
+    partial: Path, stem: str, logit: Tensor, size: tuple[int, int], threshold: float, probabilities: bool
+) -> None:
+    """Resize the logits of one image, (1, H, W), to its own (height, width), and write its mask.
+
+    Runs in a thread, so that the next batch need not wait.
+    """
+    full = torch.sigmoid(interpolate(logit[None], size, mode="bilinear"))[0, 0]
     if probabilities:  # first, because the mask is the sign that an image is done
-        write_probability(probability(partial, stem), full)
-    write_mask(prediction(partial, stem), full > threshold)
+        write_probability(probability(partial, stem), full.cpu().numpy())
+    write_mask(prediction(partial, stem), (full > threshold).cpu().numpy())
 
 
 def _is_done(partial: Path, stem: str, probabilities: bool) -> bool:

@@ -1,0 +1,73 @@
+"""How well inference overlaps reading, the network and writing: the slowest of them alone against the whole."""
+
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from scripts.bench.evaluate import named_seconds
+from scripts.bench.measure import Row, interleaved
+from scripts.bench.site import Site, multiplied
+from stas import infer as stage
+from stas.checkpoint import save_checkpoint, take_snapshot
+from stas.config import load_recipe
+from stas.images import list_images
+from stas.model import build_network
+from stas.paths import Workspace
+
+RUN = "lite0"
+
+
+def measure(site: Site) -> Iterator[Row]:
+    count = 4 if site.quick else 48
+    place = site.scratch / "infer"
+    images = multiplied(site.images, place / "images", count)
+    workspace = Workspace(place / "workspace")
+    recipe = load_recipe("lite0", ["data.size=64"] if site.quick else [])
+    torch.manual_seed(0)
+    network = build_network(recipe.model, recipe.data.size, pretrained=False).eval()
+    if recipe.train.channels_last:
+        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    facts = {"recipe": recipe.model_dump(mode="json"), "validation": []}
+    save_checkpoint(workspace.run(RUN).checkpoint("best"), take_snapshot(network, facts))
+    files = list_images(images)
+    stems = list(files)
+    todo = [stems[first : first + recipe.infer.batch] for first in range(0, count, recipe.infer.batch)]
+    read_once = stage._batches(todo, files, recipe)
+    batches = [(stems, (pixels, low, high), sizes) for stems, pixels, low, high, sizes in read_once]
+
+    def read() -> None:
+        for _ in stage._batches(todo, files, recipe):
+            pass
+
+    def forward() -> list[Tensor]:
+        device = torch.device("cpu")
+        return [stage._logits(network, pixels, recipe, False, device) for _, pixels, _ in batches]
+
+    logits = [logit for batch in forward() for logit in batch]
+    sizes = [size for _, _, own in batches for size in own]
+
+    def write() -> None:
+        shutil.rmtree(place / "masks", ignore_errors=True)
+        with ThreadPoolExecutor(2) as pool:
+            for stem, logit, size in zip(stems, logits, sizes, strict=True):
+                pool.submit(stage._write, place / "masks", stem, logit, size, 0.5, False)
+
+    def whole() -> None:
+        shutil.rmtree(workspace.predictions(RUN), ignore_errors=True)
+        stage.infer(RUN, images, workspace)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # or the network takes the cores of the stages beside it, which a GPU leaves alone
+    try:
+        stages = {"read, decode, resize": read, "network": forward, "resize back, encode, write": write}
+        seconds = interleaved({**stages, "infer": whole}, min(3, site.repeats))
+    finally:
+        torch.set_num_threads(threads)
+    slowest = max(stages, key=lambda name: seconds[name])
+    size = " x ".join(map(str, recipe.data.size))
+    note = f"slowest: {slowest}; lite0 at {size} on one thread of the processor, beside it reading and writing"
+    what = f"infer {count} images: slowest single stage / time"
+    yield Row(what, seconds[slowest] / seconds["infer"], 0.9, detail=named_seconds(seconds), note=note)
