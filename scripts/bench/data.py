@@ -1,0 +1,125 @@
+"""Training samples on their way into the step: against the original chain, against memcpy, and beside the step."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+import numpy as np
+import torch
+
+from scripts.bench.measure import Row, interleaved
+from scripts.bench.rivals import batches, mask_files, original_loader
+from scripts.bench.site import Site, multiplied
+from stas.config import Recipe, load_recipe
+from stas.distributed import Ranks
+from stas.job import set_up
+from stas.loader import Batch, Pixels, epoch_batches, prefetch
+from stas.paths import Workspace
+from stas.preprocess import preprocess
+from stas.store import open_store
+from stas.train import _backward
+from stas.transforms import prepare
+
+CPU = torch.device("cpu")
+SPLIT = "data.split={kind: fraction, fraction: 0.1}"
+
+
+def measure(site: Site) -> Iterator[Row]:
+    yield from _loading(site)
+    yield _beside_the_step(site)
+
+
+def _loading(site: Site) -> Iterator[Row]:
+    """Samples a second at the reference's size, in the reference's batches."""
+    side, count = (64, 8) if site.quick else (800, 160)
+    recipe = load_recipe("efficientnet_b6_ns", [f"data.size={side}", SPLIT])
+    store = open_store(_preprocessed(site, recipe, count), recipe.data)
+    pixels, everything = Pixels(store, range(count), CPU), range(count)
+    made = list(islice(epoch_batches(pixels, everything, recipe, 0, 0, 1), 2))
+    source = np.ones((recipe.train.batch, store.size[0] * store.size[1] * 4), np.uint8)
+    target = np.empty_like(source)
+    files = [site.images / f"{stem}.jpg" for stem in site.stems]
+    rival = batches(original_loader(files, mask_files(site.annotations, site.scratch / "rival"), side, len(files)))
+
+    def copy() -> None:
+        for first in range(0, count, len(source)):
+            rows = min(len(source), count - first)
+            np.copyto(target[:rows], source[:rows])
+
+    seconds = interleaved(
+        {
+            "stas": lambda: _exhaust(prefetch(epoch_batches(pixels, everything, recipe, 0, 0, 1))),
+            "copy": copy,
+            "prepare": lambda: [prepare(batch, recipe) for batch in made],
+            "original": lambda: next(rival),
+        },
+        site.repeats,
+    )
+    rates = {
+        "stas": count / seconds["stas"],
+        "copy": count / seconds["copy"],
+        "prepare": sum(batch.total for batch in made) / seconds["prepare"],
+        "original": len(files) / seconds["original"],
+    }
+    both = 1 / (1 / rates["stas"] + 1 / rates["prepare"])
+    yield Row(
+        "samples into the step / by the original chain from JPEG",
+        value=rates["stas"] / rates["original"],
+        target=100,
+        detail={
+            "samples/s": rates["stas"],
+            "original, samples/s": rates["original"],
+            "with scaling and augmentation on this CPU, samples/s": both,
+        },
+        note="Into the step go the store's bytes; scaling and augmentation are the first thing done on the device.",
+    )
+    yield Row(
+        "samples into the step / memcpy of the same bytes",
+        value=rates["stas"] / rates["copy"],
+        target=0.5,
+        detail={"samples/s": rates["stas"], "memcpy, samples/s": rates["copy"]},
+        note="Batches of 16 at 800 x 800, from the mapped store; memcpy into one buffer that is used again.",
+    )
+
+
+def _beside_the_step(site: Site) -> Row:
+    """The step's time when the batch lies there, and when it comes from the store, in blocks of steps in turn."""
+    steps = 2 if site.quick else 4
+    recipe = load_recipe("lite0", [SPLIT, *(["data.size=64"] if site.quick else [])])
+    workspace = _preprocessed(site, recipe, 8 if site.quick else 40)
+    job, _ = set_up(recipe, workspace, workspace.run("bench"), Ranks(0, 1, CPU))
+    job.network.train()
+    resident = next(epoch_batches(job.pixels, job.training, recipe, 0, 0, 1))
+
+    def train_on(given: Iterable[Batch]) -> None:
+        for batch in given:
+            _backward(job, batch)
+            job.optimizer.step()
+
+    def fresh() -> Iterator[Batch]:
+        return islice(epoch_batches(job.pixels, job.training, recipe, 0, 0, 1), steps)
+
+    seconds = interleaved(
+        {"resident": lambda: train_on([resident] * steps), "store": lambda: train_on(prefetch(fresh()))},
+        1 if site.quick else 4,
+    )
+    return Row(
+        "step on a resident batch / step with real data, lite0",
+        value=seconds["resident"] / seconds["store"],
+        target=0.97,
+        detail={name: value / steps for name, value in seconds.items()},
+        note="Seconds a step of 4 images at 352 x 640; each block of steps begins with an empty queue.",
+    )
+
+
+def _preprocessed(site: Site, recipe: Recipe, count: int) -> Workspace:
+    workspace = Workspace(site.scratch / recipe.name)
+    images, annotations = (
+        multiplied(source, workspace.root / source.name, count) for source in (site.images, site.annotations)
+    )
+    preprocess([images], [annotations], workspace, recipe)
+    return workspace
+
+
+def _exhaust(items: Iterable[object]) -> None:
+    for _ in items:
+        pass
