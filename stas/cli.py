@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from stas.errors import (
     UsageError,
 )
 from stas.files import disk_trouble
-from stas.paths import Workspace, default_workspace, status_directory
+from stas.paths import Workspace, default_workspace, status_file
 
 EPILOG = (
     "Exit codes: 0 done, 1 failed, 2 wrong option or recipe, 3 bad input data, "
@@ -32,9 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logging.getLogger("stas").setLevel(logging.INFO)
+    if status := status_file():
+        status.touch()  # the launcher will miss a code there if this process dies
     code = _run(options)
-    if directory := status_directory():
-        (directory / str(os.getpid())).write_text(str(code))
+    if status:
+        status.write_text(str(code))
     return code
 
 

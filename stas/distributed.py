@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from stas.errors import StoppedEarly
+from stas.errors import EXIT_FAILED, StoppedEarly
 from stas.locks import PATIENCE, Lock, lock
+from stas.paths import status_file
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -54,6 +55,8 @@ def join_ranks() -> Iterator[Ranks]:
     except Exception as error:
         if size > 1 and not isinstance(error, StoppedEarly):
             log.error("rank %d of %d: %s: %s", rank, size, type(error).__name__, error)
+            if status := status_file():  # now: the end of NCCL, below, may wait for ranks that wait for this one
+                status.write_text(str(EXIT_FAILED))
         raise
     finally:
         if size > 1:

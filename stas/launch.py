@@ -3,12 +3,14 @@
 Only here does torchrun start. It hides its workers' exit codes, so every rank leaves its own in a status directory.
 """
 
+import logging
 import os
 import signal
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Event, Thread
 from types import FrameType
 
 from stas.cli import check, main
@@ -16,10 +18,14 @@ from stas.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, EXIT_RESUMABLE, EX
 from stas.paths import STATUS_DIRECTORY
 from stas.resources import cores
 
+log = logging.getLogger(__name__)
+
 RANKED = ("train", "infer")  # the stages that run as several processes
 # Seconds between SIGTERM and SIGKILL for the ranks. Longer than a checkpoint takes; shorter than Kubernetes'
 # terminationGracePeriodSeconds and Slurm's --signal lead (a test compares them).
 SHUTDOWN_TIMEOUT = 120
+# Seconds that the ranks have to end by themselves when one of them has died: to log why, and to end writing.
+BEREAVED_TIMEOUT = 10
 
 
 def launch(
@@ -96,6 +102,9 @@ def _torchrun(options: list[str], stage: Sequence[str], count: int) -> int:
     stopped = False
     with tempfile.TemporaryDirectory(prefix="stas-status-") as directory:
         os.environ[STATUS_DIRECTORY] = directory
+        over = Event()
+        watch = Thread(target=_end_with_the_dead, args=(Path(directory), over), daemon=True)
+        watch.start()
         try:
             # "--" keeps torchrun from reading the stage's options as its own.
             run(parse_args([*options, "-m", "--", "stas", *stage]))
@@ -105,8 +114,42 @@ def _torchrun(options: list[str], stage: Sequence[str], count: int) -> int:
             print(f"stas: {error}", file=sys.stderr)
         finally:
             del os.environ[STATUS_DIRECTORY]  # it was for the ranks
-        said: list[int | None] = [int(path.read_text()) for path in Path(directory).iterdir()]
+            over.set()
+            watch.join()
+        said: list[int | None] = [int(code) for path in Path(directory).iterdir() if (code := path.read_text())]
     return gravest(said + [None] * (count - len(said)), stopped)
+
+
+def _end_with_the_dead(status: Path, over: Event) -> None:
+    """End this node's ranks soon after one of them has died or failed; runs until `over`.
+
+    torchrun asks them to by SIGTERM, and kills those that do not hear it only after SHUTDOWN_TIMEOUT, which a stop with
+    a checkpoint may need. One that waits inside NCCL for a dead rank never hears it.
+    """
+    while not over.wait(1):
+        ranks = [int(path.name) for path in status.iterdir()]
+        lost = next((rank for rank in ranks if _lost(status, rank)), None)
+        if lost is None or all(_ended(rank) for rank in ranks) or over.wait(BEREAVED_TIMEOUT):
+            continue
+        for rank in ranks:
+            if not _ended(rank):
+                log.error("process %d goes on though process %d, a rank like it, is lost: ending it", rank, lost)
+                os.kill(rank, signal.SIGKILL)
+
+
+def _lost(status: Path, rank: int) -> bool:
+    """Whether a rank has failed, or ended without a word; not one that is done or stopped early."""
+    ended = _ended(rank)  # before its word is read, which it may just be writing
+    said = (status / str(rank)).read_text()
+    return said not in ("", str(EXIT_OK), str(EXIT_RESUMABLE)) or (ended and not said)
+
+
+def _ended(child: int) -> bool:
+    """Whether a process that torchrun started has ended; it stays torchrun's to wait for."""
+    try:
+        return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:  # torchrun has waited for it
+        return True
 
 
 def _gpus() -> int:

@@ -120,10 +120,10 @@ def cache_directory() -> Path | None:
     return Path(value) if value else None
 
 
-def status_directory() -> Path | None:
-    """STAS_STATUS_DIR: where `stas launch` wants each of its processes to leave its exit code."""
+def status_file() -> Path | None:
+    """Where `stas launch` looks, in STAS_STATUS_DIR, for this process and, when it has ended, its exit code."""
     value = os.environ.get(STATUS_DIRECTORY)
-    return Path(value) if value else None
+    return Path(value) / str(os.getpid()) if value else None
 
 
 def _checked(what: str, name: str) -> str:

@@ -15,7 +15,7 @@ import yaml
 from stas.checkpoint import load_checkpoint
 from stas.config import Recipe
 from stas.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RESUMABLE, EXIT_USAGE
-from stas.launch import gravest
+from stas.launch import _ended, _lost, gravest
 from stas.paths import Workspace
 from stas.progress import read_metrics
 from tests.launch import QUIET, stas
@@ -38,6 +38,29 @@ from tests.launch import QUIET, stas
 )
 def test_one_exit_code_for_all_ranks(codes: list[int | None], stopped: bool, expected: int):
     assert gravest(codes, stopped) == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "alive", "lost"),
+    [
+        ("", True, False),  # at work
+        ("", False, True),  # killed
+        ("1", True, True),  # failed, and stuck at its end
+        ("2", False, True),
+        ("0", False, False),
+        ("0", True, False),
+        ("75", False, False),
+    ],
+)
+def test_who_counts_as_lost(said: str, alive: bool, lost: bool, tmp_path: Path):
+    with subprocess.Popen(["sleep", "600" if alive else "0"]) as rank:
+        (tmp_path / str(rank.pid)).write_text(said)
+        while not alive and not _ended(rank.pid):
+            time.sleep(0.01)
+        assert _lost(tmp_path, rank.pid) == lost
+        rank.kill()
+        rank.wait()
+        assert _ended(rank.pid), "also when somebody has waited for it"
 
 
 def start(arguments: list[object], **environment: str) -> subprocess.Popen[str]:

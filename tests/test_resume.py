@@ -195,6 +195,53 @@ def test_a_killed_rank_ends_the_others_and_the_log_names_it(store_workspace: Wor
     assert "rank      : 1" in said and "SIGKILL" in said, said
 
 
+# Rank 1 waits in a function of C, as it would inside NCCL: a signal only sets a flag. Rank 0 fails and, as NCCL may
+# have it do, waits for its peer before it ends; or it waits to be killed.
+DEAF = """
+import os
+from pathlib import Path
+
+if "RANK" in os.environ:
+    import ctypes
+    from stas import distributed, train
+
+    def wait(*_):
+        Path({directory!r}, os.environ["RANK"]).touch()
+        while True:
+            ctypes.CDLL(None).sleep(600)
+
+    def fail(*_):
+        raise KeyError("lost")
+
+    train._backward = wait
+    if os.environ["RANK"] == "0" and {fails}:
+        train._backward = fail
+        distributed.dist.destroy_process_group = wait
+"""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_lost_rank_ends_one_that_hears_no_signal(
+    store_workspace: Workspace, tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+):
+    """torchrun would wait for two minutes, or for ever."""
+    (tmp_path / "sitecustomize.py").write_text(DEAF.format(directory=str(tmp_path), fails=fails))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path.cwd()}")
+    path = recipe_file(tiny, tmp_path)
+    with start("train", "--recipe", path, "--workspace", store_workspace.root, "--run", "deaf", ranks=2) as process:
+        while not all((tmp_path / rank).exists() for rank in "01"):
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.05)
+        ranks = ranks_of(process)
+        if not fails:
+            ranks[0].kill()
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == EXIT_FAILED
+    assert not any(rank.is_running() for rank in ranks)
+    assert f"process {ranks[1].pid} goes on though process {ranks[0].pid}, a rank like it, is lost" in said, said
+    assert ("rank 0 of 2: KeyError: 'lost'" if fails else "rank      : 0") in said, said
+
+
 def test_an_exception_is_logged_with_its_rank(tmp_path: Path):
     script = tmp_path / "fails.py"
     script.write_text(
