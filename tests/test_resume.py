@@ -264,7 +264,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     def with_poison(job, batch):
         count[0] += 1
         if count[0] in steps:
-            batch.images.fill_(torch.nan)
+            batch.low.fill_(torch.nan)  # from which the images are scaled
         return backward(job, batch)
 
     monkeypatch.setattr(train_module, "_backward", with_poison)
