@@ -200,7 +200,7 @@ class Train(Section):
     epochs: int = Field(default=500, ge=1, le=MANY)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = False
-    compile: bool = False
+    compile: bool = Field(default=False, description="torch.compile; what it fails at runs as it is")
     max_bad_steps: int = Field(
         default=0, ge=0, le=MANY, description="steps with a loss or gradient that is not finite which a run may skip"
     )

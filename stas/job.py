@@ -20,13 +20,14 @@ from stas.errors import StoppedEarly, UsageError
 from stas.files import write_json, write_text
 from stas.loader import Pixels
 from stas.losses import build_loss
-from stas.model import build_network
+from stas.model import Compiled, build_network
 from stas.optim import build_optimizer
 from stas.paths import RunPaths, Workspace
 from stas.split import split_samples
 from stas.store import Store, open_store
 
 log = logging.getLogger(__name__)
+COMPILE_WORTH = 600  # seconds left of a time limit below which compiling, which takes minutes, is not begun
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -98,8 +99,10 @@ class Job:
         }
 
 
-def set_up(recipe: Recipe, workspace: Workspace, paths: RunPaths, ranks: Ranks) -> tuple[Job, Progress]:
-    """Build a run, or take it up from its newest checkpoint.
+def set_up(
+    recipe: Recipe, workspace: Workspace, paths: RunPaths, ranks: Ranks, limit: float = math.inf
+) -> tuple[Job, Progress]:
+    """Build a run, or take it up from its newest checkpoint; `limit` is the seconds that all its parts may take.
 
     Raises:
         UsageError: the run exists with another recipe or store; no store; a batch smaller than the number of ranks.
@@ -143,22 +146,26 @@ def set_up(recipe: Recipe, workspace: Workspace, paths: RunPaths, ranks: Ranks) 
         }
         write_json(paths.split, {"store": store.key} | stems)
     log.info("%s: %d ranks on %s", paths.root, ranks.size, ranks.device.type)
-    parallel = _parallel(network, recipe, ranks)
+    parallel = _parallel(network, recipe, ranks, limit - progress.elapsed)
     loss = build_loss(recipe.loss)
     pixels = Pixels(store, training, ranks.device)
     job = Job(recipe, paths, ranks, store, pixels, training, validation, network, parallel, optimizer, scaler, loss)
     return job, progress
 
 
-def _parallel(network: nn.Module, recipe: Recipe, ranks: Ranks) -> nn.Module:
-    parallel = torch.compile(network) if recipe.train.compile else network
+def _parallel(network: nn.Module, recipe: Recipe, ranks: Ranks, left: float) -> nn.Module:
+    parallel = network
+    if recipe.train.compile and left < COMPILE_WORTH:
+        log.warning("train.compile: not compiled, because only %.0f s of the time limit are left", left)
+    elif recipe.train.compile:
+        parallel = Compiled(network, batch=-(-recipe.train.batch // ranks.size))
     if ranks.size == 1:
-        return parallel  # pyright: ignore[reportReturnType]
+        return parallel
     devices = [ranks.device] if ranks.device.type == "cuda" else None
     with warnings.catch_warnings():  # torch 2.14 renames broadcast_buffers; 2.6 knows only the old name
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(
-            parallel,  # pyright: ignore[reportArgumentType]
+            parallel,
             device_ids=devices,
             broadcast_buffers=False,  # each rank keeps its own running statistics until validation takes the first's
             gradient_as_bucket_view=True,

@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import monai.networks.nets
 import segmentation_models_pytorch as smp
+import torch
 from torch import Tensor, nn
 
 from stas.config import Model
@@ -95,3 +96,20 @@ class FirstOutput(nn.Module):
                 f"{tuple(images.shape)}, segmentation needs {expected}: choose another, such as UNet"
             )
         return logits
+
+
+class Compiled(nn.Module):
+    """A network that is compiled for batches of one size; for others, which are rare, that would take minutes again.
+
+    What the compiler cannot do or fails at runs as it is, with its warning.
+    """
+
+    def __init__(self, network: nn.Module, batch: int) -> None:
+        super().__init__()
+        torch._dynamo.config.suppress_errors = True  # pyright: ignore[reportAttributeAccessIssue]
+        self.network = network
+        self._batch = batch
+        self._compiled = torch.compile(network.forward, dynamic=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self._compiled(images) if len(images) == self._batch else self.network(images)

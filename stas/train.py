@@ -95,8 +95,8 @@ def train(
         if held:
             clear_up(paths)
         distributed.barrier()  # nobody reads a checkpoint that is just being renamed
-        job, progress = set_up(recipe, workspace, paths, ranks)
         epochs, limit = recipe.train.epochs, math.inf if time_limit is None else time_limit
+        job, progress = set_up(recipe, workspace, paths, ranks, limit)
         if progress.ended(epochs, limit):
             log.info("%s: %d of %d epochs are done; nothing to do", paths.root, progress.epoch, epochs)
             return
