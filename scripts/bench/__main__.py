@@ -15,7 +15,7 @@ from scripts.bench.measure import Row, machine
 from scripts.bench.site import make_site
 
 # Each is a module here with a function `measure(site) -> Iterator[Row]`.
-PARTS = ("data", "preprocess", "infer", "vote", "evaluate", "optimizer", "memory", "start")
+PARTS = ("data", "preprocess", "infer", "vote", "evaluate", "optimizer", "memory", "start", "growth")
 
 
 def main() -> int:

@@ -1,0 +1,195 @@
+"""How cost grows with images, size, members and ranks: fitted exponents, and a picture of them, docs/growth.png.
+
+Cost is taken as a constant times x to the power of an exponent, which a line through the logarithms gives: 1 is linear.
+"""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from scripts.bench.growth_ranks import epoch_seconds
+from scripts.bench.measure import Row, interleaved
+from scripts.bench.site import Site, multiplied
+from scripts.make_sample import make_sample
+from stas.config import Recipe, load_recipe
+from stas.loader import Pixels, epoch_batches
+from stas.pairs import find_pairs
+from stas.paths import Workspace
+from stas.preprocess import Task, preprocess
+from stas.preprocess import make_sample as make_stored
+from stas.resources import cores
+from stas.store import Store
+from stas.transforms import prepare
+from stas.vote import vote
+
+PICTURE = Path("docs/growth.png")
+CHANGES = ("data.split.kind=fraction",)
+# Runs a command and prints its peak in KiB. The kernel counts what a process was forked from, so that must be small.
+PEAK = (
+    "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); "
+    "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+)
+Curve = dict[int, float]  # what it costs, by what grows
+
+
+def measure(site: Site) -> Iterator[Row]:
+    panels: dict[str, dict[str, Curve]] = {}
+    yield from _images(site, panels)
+    yield from _size(site, panels)
+    yield from _members(site, panels)
+    yield from _ranks(site, panels)
+    _draw(panels, site.scratch / "growth.png" if site.quick else PICTURE)
+
+
+def exponent(curve: Mapping[int, float]) -> float:
+    """The slope of the line that fits best through the logarithms."""
+    costs = np.maximum(list(curve.values()), 1e-9)  # a difference of two times may come out below 0
+    return float(np.polyfit(np.log(list(curve)), np.log(costs), 1)[0])
+
+
+def _images(site: Site, panels: dict[str, dict[str, Curve]]) -> Iterator[Row]:
+    """`stas preprocess` as a process of its own, with small images under many names."""
+    counts, size = ((8, 16, 32), 64) if site.quick else ((100, 1000, 10_000), 256)
+    made = site.scratch / "growth"
+    make_sample(made, 4 if site.quick else 40, seed=1, scale=0.5)
+    seconds, memory = {}, {}
+    for count in counts:
+        root = made / str(count)
+        multiplied(made / "Train_Images", root / "images", count)
+        multiplied(made / "Train_Annotations", root / "annotations", count)
+        seconds[count], memory[count] = _run_preprocess(root, size)
+    panels["images"] = {"preprocess, s": seconds, "its largest process, MiB": memory}
+    detail = {f"{count} images, s": value for count, value in seconds.items()}
+    # The process alone takes a second or two, which hides the growth between the smallest numbers.
+    later = {count: seconds[count] - seconds[counts[0]] for count in counts[1:]}
+    yield _row(
+        "growth: preprocess seconds by images",
+        {n - counts[0]: s for n, s in later.items()},
+        1.05,
+        detail,
+        "Beyond the smallest number's, which is mostly the start of the processes.",
+    )
+    detail = {f"{count} images, MiB": value for count, value in memory.items()}
+    each = 1024 * (memory[counts[-1]] - memory[counts[0]]) / (counts[-1] - counts[0])
+    note = (
+        f"The largest process's resident set. Its lists of files and samples, and the manifest made of them, grow by "
+        f"{each:.1f} KiB a sample; pixels are not kept."
+    )
+    yield _row("growth: preprocess peak memory by images", memory, 0.1, detail, note)
+
+
+def _run_preprocess(root: Path, size: int) -> tuple[float, float]:
+    """Seconds, and the peak resident set of its largest process in MiB."""
+    command = [sys.executable, "-m", "stas", "preprocess", "--images", root / "images"]
+    command += ["--annotations", root / "annotations", "--workspace", root]
+    command += ["--set", f"data.size={size}", "--set", "data.split.kind=fraction"]
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", PEAK, *command], check=True, capture_output=True, text=True)
+    return time.perf_counter() - began, int(done.stdout) / 1024
+
+
+def _size(site: Site, panels: dict[str, dict[str, Curve]]) -> Iterator[Row]:
+    """Making one stored sample of a 1716 x 942 image, and one sample of a training batch."""
+    sizes, batch = ((64, 128), 2) if site.quick else ((256, 512, 800, 1200, 1600), 4)
+    root = site.scratch / "growth" / "size"
+    images, annotations = (multiplied(source, root / source.name, batch) for source in (site.images, site.annotations))
+    pairs, _ = find_pairs([images], [annotations])
+    timed: dict[str, Callable[[], object]] = {}
+    for size in sizes:
+        recipe = load_recipe("efficientnet_b6_ns", [f"data.size={size}", f"train.batch={batch}", *CHANGES])
+        store = Store(preprocess([images], [annotations], Workspace(root), recipe, workers=1))
+        timed[f"store {size}"] = _store_sample(Task(pairs[0], "STAS", (size, size)))
+        timed[f"read {size}"] = _read_batch(store, recipe)
+    medians = interleaved(timed, site.repeats)
+    made = {size * size: 1000 * medians[f"store {size}"] for size in sizes}
+    read = {size * size: 1000 * medians[f"read {size}"] / batch for size in sizes}
+    panels["pixels of the square"] = {"make a sample, ms": made, "read one for training, ms": read}
+    for what, curve in (("store", made), ("read", read)):
+        detail = {f"{size} x {size}, ms": curve[size * size] for size in sizes}
+        note = "Decoding the JPEG and drawing the mask stay the same." if what == "store" else ""
+        yield _row(f"growth: milliseconds to {what} a sample by pixels", curve, 1.05, detail, note)
+
+
+def _store_sample(task: Task) -> Callable[[], object]:
+    return lambda: make_stored(task)
+
+
+def _read_batch(store: Store, recipe: Recipe) -> Callable[[], object]:
+    """The one batch of an epoch of few samples, read and made ready for the network on the CPU."""
+    samples, device = range(len(store)), torch.device("cpu")
+    pixels = Pixels(store, samples, device)
+    return lambda: prepare(next(epoch_batches(pixels, samples, recipe, 0, 0, 1)), recipe)
+
+
+def _members(site: Site, panels: dict[str, dict[str, Curve]]) -> Iterator[Row]:
+    """A vote of 3 members and more, all on the same images."""
+    counts = (3, 5) if site.quick else (3, 5, 7, 9, 11, 13, 15)
+    members = []
+    for number in range(max(counts)):
+        source = site.members[number % len(site.members)]
+        members.append(multiplied(source, site.scratch / "growth" / f"member{number}", len(site.stems)))
+    repeats = iter(range(1000))
+
+    def voted(count: int) -> Callable[[], object]:
+        return lambda: vote(members[:count], site.scratch / "growth" / f"vote{next(repeats)}", workers=1)
+
+    medians = interleaved({str(count): voted(count) for count in counts}, min(site.repeats, 3))
+    curve = {count: 1000 * medians[str(count)] / len(site.stems) for count in counts}
+    panels["members"] = {"vote on an image, ms": curve}
+    detail = {f"{count} members, ms": value for count, value in curve.items()}
+    yield _row("growth: vote milliseconds an image by members", curve, 1.05, detail, "One thread.")
+
+
+def _ranks(site: Site, panels: dict[str, dict[str, Curve]]) -> Iterator[Row]:
+    """An epoch of a tiny network with the same global batch, over gloo, one thread a rank."""
+    size, samples = (64, 8) if site.quick else (800, 64)
+    recipe = load_recipe("efficientnet_b6_ns", [f"data.size={size}", *CHANGES, "train.batch=8"])
+    root = site.scratch / "growth" / "ranks"
+    images, annotations = (
+        multiplied(source, root / source.name, samples) for source in (site.images, site.annotations)
+    )
+    store = preprocess([images], [annotations], Workspace(root), recipe)
+    counts = (1, 2) if site.quick else (1, 2, 4)
+    curve = {ranks: samples / epoch_seconds(store, recipe, samples, ranks) for ranks in counts}
+    panels["ranks"] = {"training samples a second": curve}
+    yield Row(
+        "growth: training samples a second, 2 ranks against 1",
+        value=curve[2] / curve[1],
+        target=1.6,
+        detail={f"{ranks} ranks, samples/s": value for ranks, value in curve.items()},
+        note=f"A tiny network over gloo, one thread a rank, on {cores()} cores: more ranks than cores gain nothing.",
+    )
+
+
+def _row(what: str, curve: Mapping[int, float], target: float, detail: Mapping[str, float], note: str) -> Row:
+    return Row(what, exponent(curve), target, at_least=False, unit="exponent", detail=detail, note=note)
+
+
+def _draw(panels: Mapping[str, Mapping[str, Mapping[int, float]]], path: Path) -> None:
+    """One panel for each thing that grows, both axes logarithmic, with a dashed line of slope 1 below each curve."""
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    for axes, (what, curves) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+        x = list(next(iter(curves.values())))
+        for name, curve in curves.items():
+            y = list(curve.values())
+            (line,) = axes.loglog(x, y, "o-", label=name)
+            axes.loglog(x, [y[0] * value / x[0] for value in x], "--", color=line.get_color(), alpha=0.4)
+        axes.set_xlabel(what)
+        axes.set_xticks(x, [_short(value) for value in x], minor=False)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle("How cost grows; dashed: linear")
+    figure.savefig(path, dpi=100)
+
+
+def _short(value: int) -> str:
+    """Pixels of a square by its side, other numbers as they are."""
+    side = round(value**0.5)
+    return f"{side}²" if value > 1000 and side * side == value and value not in (10_000,) else f"{value:,}"
