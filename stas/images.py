@@ -1,7 +1,9 @@
 """Reading and writing pictures: RGB images, masks and probabilities."""
 
 import io
+import struct
 import unicodedata
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -142,20 +144,37 @@ def read_grey(path: Path) -> NDArray[np.uint8] | NDArray[np.uint16]:
     return np.asarray(image.convert("RGB").convert("L") if image.mode != "L" else image)
 
 
-def write_mask(path: Path, mask: NDArray[np.bool_]) -> None:
-    """Write a (height, width) mask atomically as 8-bit L PNG with 0 and 255."""
-    with atomic_write(path) as file:  # level 1: 3 to 40 times as fast as the default, a few KB more
-        Image.fromarray(mask.astype(np.uint8) * 255).save(file, "PNG", compress_level=1)
+def write_mask(path: Path, mask: NDArray[np.bool_], synced: bool = True) -> None:
+    """Write a (height, width) mask atomically as 8-bit L PNG with 0 and 255; `synced` as of `atomic_write`."""
+    content = _grey_png(mask.view(np.uint8) * np.uint8(255))
+    with atomic_write(path, synced) as file:
+        file.write(content)
 
 
-def write_probability(path: Path, probability: NDArray[np.float32]) -> None:
+def write_probability(path: Path, probability: NDArray[np.float32], synced: bool = True) -> None:
     """Write (height, width) probabilities in [0, 1] atomically as 16-bit grey PNG, 65535 for 1.
 
     Halves are rounded down, so that a stored value is above 32767 exactly where the probability is above 0.5.
     """
     scaled = np.ceil(probability.astype(np.float64) * 65535 - 0.5).astype(np.uint16)
-    with atomic_write(path) as file:
+    with atomic_write(path, synced) as file:
         Image.fromarray(scaled).save(file, "PNG", compress_level=1)
+
+
+def _grey_png(image: NDArray[np.uint8]) -> bytes:
+    """An image, (height, width), as 8-bit grey PNG without filters.
+
+    Pillow tries all filters on each row, which takes twice as long and gains nothing on the long runs of a mask.
+    """
+    height, width = image.shape
+    rows = np.zeros((height, width + 1), np.uint8)  # a row's first byte is its filter: 0, none
+    rows[:, 1:] = image
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows, 1)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        for name, content in chunks
+    )
 
 
 def _open(source: Path | bytes, decode: bool = True, formats: tuple[str, ...] = _FORMATS) -> Image.Image:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from stas import paths
 from stas.errors import InputDataError, UsageError
-from stas.files import exchange, read_json, sha256, sync_directory, write_json
+from stas.files import exchange, read_json, sha256, sync_directory, sync_files, write_json
 from stas.images import MAX_IMAGE_BYTES, grey_size, is_plain_stem, list_images, read_grey
 from stas.locks import lock
 from stas.resources import cores
@@ -120,7 +120,7 @@ def read_member_mask(path: Path, threshold: float | None = None) -> tuple[NDArra
     mask = values > 0
     highest = values.max(initial=0)
     top = 65535 if values.dtype == np.uint16 else 255
-    graded = highest not in (0, 1, top) or np.count_nonzero(values == highest) != np.count_nonzero(values)
+    graded = highest not in (0, 1, top) or np.count_nonzero(values == highest) != np.count_nonzero(mask)
     return mask, bool(highest and graded)
 
 
@@ -248,7 +248,8 @@ def _beside(final: Path, kind: str) -> list[Path]:
 def building(final: Path, key: dict[str, Any]) -> Iterator[Path | None]:
     """A partial directory beside `final` that is published if the block succeeds and removed if it fails.
 
-    None where `final` has been made from `key` already, also by another process that was waited for.
+    What is written there is synced all at once before. None where `final` has been made from `key` already, also by
+    another process that was waited for.
 
     Raises:
         UsageError: before the block, if `final` may not be replaced.
@@ -266,6 +267,7 @@ def building(final: Path, key: dict[str, Any]) -> Iterator[Path | None]:
         partial.mkdir(parents=True)
         try:
             yield partial
+            sync_files(partial)
             held.check()
             publish(partial, final)
         finally:

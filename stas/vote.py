@@ -79,7 +79,7 @@ def vote(
                 _soft_vote(sources, votes, listed.sizes[stem], partial, stem)
                 return [False] * len(sources)
             masks, graded = zip(*(read_member_mask(source, threshold) for source in sources), strict=True)
-            write_mask(paths.prediction(partial, stem), majority(masks, votes, ties))
+            write_mask(paths.prediction(partial, stem), majority(masks, votes, ties), synced=False)
             return list(graded)
 
         graded = np.array(in_threads(one_image, listed.stems, "vote", workers))
@@ -195,6 +195,6 @@ def _soft_vote(sources: Sequence[Path], votes: Sequence[int], size: tuple[int, i
             )
         summed += values.astype(np.int64) * count
     total = sum(votes)
-    write_mask(paths.prediction(out, stem), 2 * summed > 65535 * total)
+    write_mask(paths.prediction(out, stem), 2 * summed > 65535 * total, synced=False)
     mean = (2 * summed + total - 1) // (2 * total)  # to the nearest, halves down, like `write_probability`
-    write_probability(paths.probability(out, stem), (mean / 65535).astype(np.float32))
+    write_probability(paths.probability(out, stem), (mean / 65535).astype(np.float32), synced=False)

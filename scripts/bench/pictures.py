@@ -57,7 +57,7 @@ def fastest_encoder(mask: Mask) -> tuple[str, Callable[[Mask], bytes]]:
 def fastest_resize(image: NDArray[np.uint8], size: tuple[int, int]) -> tuple[str, Callable[[NDArray[np.uint8]], Any]]:
     """The fastest that averages areas, to (height, width) `size`: some libraries' own kind, and MONAI's as stored."""
     ways: dict[str, Callable[[NDArray[np.uint8]], Any]] = {
-        "Pillow's box filter": lambda image: Image.fromarray(image).resize(size[::-1], Image.Resampling.BOX),
+        "Pillow's box filter": lambda image: Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BOX),
         "torch's average pooling": lambda image: adaptive_avg_pool2d(torch.tensor(image).permute(2, 0, 1) / 1, size),
         "stas.store.area_resize": lambda image: area_resize(image, size),
     }
