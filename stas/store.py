@@ -116,8 +116,8 @@ def area_resize(
     result = np.empty((size[0], len(starts)), np.float32)
     for first in range(0, size[0], ROWS_AT_ONCE):
         block = slice(first, first + ROWS_AT_ONCE)
-        rows = _sum_bins(flat, top[block], tall[block], 1, 0, kind)
-        sums = _sum_bins(rows, starts, counts, channels, 1, kind)
+        rows = _sum_rows(flat, top[block], tall[block], kind)
+        sums = _sum_columns(rows, starts, counts, channels)
         areas = np.multiply.outer(tall[block].astype(np.float32), counts.astype(np.float32))
         np.divide(sums, areas, out=result[block])
     return result.reshape(*size, *array.shape[2:])
@@ -363,23 +363,31 @@ def _sum_type(kind: np.dtype, count: int) -> type[np.generic]:
     return np.uint16 if count * 255 <= 65535 else np.uint32
 
 
-def _sum_bins(
-    array: NDArray, starts: NDArray[np.intp], counts: NDArray[np.intp], stride: int, axis: int, kind: type[np.generic]
-) -> NDArray:
-    """Sum `counts[i]` entries of a 2-D array along an axis, from `starts[i]` in steps of `stride`.
-
-    Bins overlap and differ by one in length, so the first entries of all bins are taken at once, then the second ...
-    """
-    total = array.take(starts, axis).astype(kind, copy=False)
+def _sum_rows(array: NDArray, starts: NDArray[np.intp], counts: NDArray[np.intp], kind: type[np.generic]) -> NDArray:
+    """Sum `counts[i]` rows of a 2-D array from row `starts[i]` on."""
+    total = array.take(starts, 0).astype(kind, copy=False)
     for further in range(1, int(counts.max())):
         longer = np.flatnonzero(counts > further)
-        part = array.take(starts[longer] + further * stride, axis)
         if len(longer) == len(starts):
-            total += part
-        elif axis == 0:
-            total[longer] += part
+            total += array.take(starts + further, 0)
         else:
-            total[:, longer] += part
+            total[longer] += array.take(starts[longer] + further, 0)
+    return total
+
+
+def _sum_columns(array: NDArray, starts: NDArray[np.intp], counts: NDArray[np.intp], channels: int) -> NDArray:
+    """Sum `counts[i]` entries of each row of a 2-D array, from `starts[i]` on in steps of `channels`.
+
+    Single entries are slow to fetch, so all runs of the smaller count are summed first, then those needed fetched once.
+    """
+    shorter = int(counts.min())
+    length = array.shape[1] - (shorter - 1) * channels
+    runs = array[:, :length].copy()
+    for further in range(1, shorter):
+        runs += array[:, further * channels :][:, :length]
+    total = runs.take(starts, 1)
+    longer = np.flatnonzero(counts > shorter)  # by one
+    total[:, longer] += array.take(starts[longer] + shorter * channels, 1)
     return total
 
 
