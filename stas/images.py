@@ -1,9 +1,7 @@
 """Reading and writing pictures: RGB images, masks and probabilities."""
 
 import io
-import struct
 import unicodedata
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,8 @@ from PIL import Image
 
 from stas.errors import InputDataError
 from stas.files import atomic_write
-from stas.untrusted import check_file
+from stas.png import decode_grey, encode_grey
+from stas.untrusted import check_file, read_bounded
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 # What Pillow may take a file for, whatever its suffix: of the others, one hands the file to an interpreter (EPS).
@@ -133,6 +132,9 @@ def read_grey(path: Path) -> NDArray[np.uint8] | NDArray[np.uint16]:
 
     Modes 1, L, P, RGB, LA and RGBA become 8-bit luminance (transparency ignored); 16-bit grey stays 16-bit.
     """
+    plain = decode_grey(read_bounded(path, MAX_IMAGE_BYTES), MAX_PIXELS, MAX_SIDE)
+    if plain is not None:
+        return plain
     image = _open(path, formats=("PNG",))
     if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
         values = np.asarray(image)
@@ -146,7 +148,7 @@ def read_grey(path: Path) -> NDArray[np.uint8] | NDArray[np.uint16]:
 
 def write_mask(path: Path, mask: NDArray[np.bool_], synced: bool = True) -> None:
     """Write a (height, width) mask atomically as 8-bit L PNG with 0 and 255; `synced` as of `atomic_write`."""
-    content = _grey_png(mask.view(np.uint8) * np.uint8(255))
+    content = encode_grey(mask.view(np.uint8) * np.uint8(255))
     with atomic_write(path, synced) as file:
         file.write(content)
 
@@ -159,22 +161,6 @@ def write_probability(path: Path, probability: NDArray[np.float32], synced: bool
     scaled = np.ceil(probability.astype(np.float64) * 65535 - 0.5).astype(np.uint16)
     with atomic_write(path, synced) as file:
         Image.fromarray(scaled).save(file, "PNG", compress_level=1)
-
-
-def _grey_png(image: NDArray[np.uint8]) -> bytes:
-    """An image, (height, width), as 8-bit grey PNG without filters.
-
-    Pillow tries all filters on each row, which takes twice as long and gains nothing on the long runs of a mask.
-    """
-    height, width = image.shape
-    rows = np.zeros((height, width + 1), np.uint8)  # a row's first byte is its filter: 0, none
-    rows[:, 1:] = image
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows, 1)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-        for name, content in chunks
-    )
 
 
 def _open(source: Path | bytes, decode: bool = True, formats: tuple[str, ...] = _FORMATS) -> Image.Image:

@@ -1,0 +1,52 @@
+"""PNG of the plainest kind, 8-bit grey without filters, in half the time that Pillow takes.
+
+Pillow tries every filter on each row of pixels, which gains nothing on a mask: it is long runs of 0 and 255.
+"""
+
+import struct
+import zlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+_HEADER = struct.Struct(">IIBBBBB")
+_PLAIN = [8, 0, 0, 0, 0]  # after width and height: bits, grey, the only compression and kind of filters, no interlacing
+
+
+def encode_grey(image: NDArray[np.uint8]) -> bytes:
+    """An image, (height, width), as 8-bit grey PNG."""
+    height, width = image.shape
+    rows = np.zeros((height, width + 1), np.uint8)  # a row's first byte is its filter: none
+    rows[:, 1:] = image
+    return _file(_HEADER.pack(width, height, *_PLAIN), zlib.compress(rows, 1))
+
+
+def decode_grey(data: bytes, most: int, side: int) -> NDArray[np.uint8] | None:
+    """The image of a whole and sound PNG as `encode_grey` makes it, (height, width), not writable.
+
+    None for all others, and for one of more than `most` pixels or with a longer `side`: Pillow says what it is.
+    """
+    header, compressed = data[16:29], data[41:-16]
+    if len(header) != _HEADER.size or data != _file(header, compressed):  # which compares the checksums, too
+        return None
+    width, height, *kind = _HEADER.unpack(header)
+    if kind != _PLAIN or not 0 < width * height <= most or max(width, height) > side:
+        return None
+    length = height * (width + 1)
+    inflate = zlib.decompressobj()
+    try:
+        pixels = inflate.decompress(compressed, length + 1)  # a kilobyte can stand for a megabyte
+    except zlib.error:
+        return None
+    rows = np.frombuffer(pixels, np.uint8)
+    if len(rows) != length or not inflate.eof or rows[:: width + 1].any():
+        return None
+    return rows.reshape(height, width + 1)[:, 1:]
+
+
+def _file(header: bytes, compressed: bytes) -> bytes:
+    chunks = ((b"IHDR", header), (b"IDAT", compressed), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(content, zlib.crc32(name)))
+        for name, content in chunks
+    )
