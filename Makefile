@@ -4,7 +4,7 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quick chaos fuzz lint type lock clean
+.PHONY: help install demo test quick chaos fuzz bench lint type lock clean
 .PHONY: image image-v100 image-cpu run-preprocess run-train run-infer run-vote run-evaluate run-local
 
 help:  ## list the targets
@@ -33,6 +33,9 @@ chaos: install  ## kill and starve every stage at every file operation; takes lo
 
 fuzz: install  ## hostile files for every reader, ten thousand each; takes half an hour
 	FUZZ_EXAMPLES=$(or $(EXAMPLES),10000) $(VENV)/bin/pytest -n auto -rP tests/test_hostile.py
+
+bench: install  ## measure speed and memory against limits and rivals; results in .bench, or in OUT=DIR
+	$(VENV)/bin/python -m scripts.bench --out $(or $(OUT),.bench)
 
 lint: install  ## check style and format
 	$(VENV)/bin/ruff check .

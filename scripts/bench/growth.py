@@ -1,4 +1,4 @@
-"""How cost grows with images, size, members and ranks: fitted exponents, and a picture of them, docs/growth.png.
+"""How cost grows with images, size, members and ranks: fitted exponents, and a picture of them, growth.png.
 
 Cost is taken as a constant times x to the power of an exponent, which a line through the logarithms gives: 1 is linear.
 """
@@ -28,7 +28,6 @@ from stas.store import Store
 from stas.transforms import prepare
 from stas.vote import vote
 
-PICTURE = Path("docs/growth.png")
 CHANGES = ("data.split.kind=fraction",)
 # Runs a command and prints its peak in KiB. The kernel counts what a process was forked from, so that must be small.
 PEAK = (
@@ -44,7 +43,7 @@ def measure(site: Site) -> Iterator[Row]:
     yield from _size(site, panels)
     yield from _members(site, panels)
     yield from _ranks(site, panels)
-    _draw(panels, site.scratch / "growth.png" if site.quick else PICTURE)
+    _draw(panels, site.out / "growth.png")
 
 
 def exponent(curve: Mapping[int, float]) -> float:

@@ -62,7 +62,7 @@ def fastest_resize(image: NDArray[np.uint8], size: tuple[int, int]) -> tuple[str
         "stas.store.area_resize": lambda image: area_resize(image, size),
     }
     if cv2 := _opencv():
-        ways["OpenCV's INTER_AREA"] = lambda image: cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
+        ways["OpenCV's INTER_AREA"] = lambda image: cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_AREA)
     return _fastest(ways, image)
 
 

@@ -19,6 +19,7 @@ class Site:
     """A directory that a benchmark may fill, and the files it reads."""
 
     scratch: Path
+    out: Path  # of what shall stay
     images: Path  # JPEGs, 942 x 1716
     annotations: Path  # LabelMe JSON of the same stems
     members: list[Path]  # three directories of mask PNGs of the same stems, at the images' size
@@ -33,12 +34,13 @@ class Site:
         return 1 if self.quick else 7
 
 
-def make_site(scratch: Path, quick: bool = False) -> Site:
+def make_site(scratch: Path, out: Path, quick: bool = False) -> Site:
     """Make the files under `scratch`: 16 images, or 3 small ones where `quick`."""
     made = scratch / "made"
     make_sample(made, 4 if quick else 25, seed=0, scale=0.5 if quick else SCALE)
     site = Site(
         scratch,
+        out,
         made / "Train_Images",
         made / "Train_Annotations",
         [scratch / f"member{number}" for number in range(len(OFF_BY))],

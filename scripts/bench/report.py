@@ -1,0 +1,46 @@
+"""The results as a page: docs/benchmarks.md is made by this, and nobody edits it."""
+
+from typing import Any
+
+HEAD = """# Benchmarks
+
+Made by `make bench OUT=docs`, on {date}; `docs/benchmarks.json` has the same figures. Do not edit.
+
+- Machine: {processor}, {cores} cores, {memory_gib} GiB, GPUs: {gpus}; {system}, Python {python}.
+- Versions: {versions}.
+- Every figure is a ratio of things timed in turn in the same run: medians of interleaved repeats, after one that does
+  not count. So the ratios of another machine can be compared with these, and its seconds cannot.
+- Images are made by `scripts/make_sample.py`, at the size of the contest's, 1716 x 942. Rivals are written as their
+  users would write them, in `scripts/bench/rivals.py`: the contest's notebooks, and what MONAI's documentation advises.
+
+| what | result | target | reached | measured |
+|---|---|---|---|---|
+"""
+GROWTH = """
+## How cost grows
+
+![Cost against images, size, members and ranks, on logarithmic axes](growth.png)
+"""
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """The page of what the benchmarks wrote as JSON."""
+    facts = content["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    gpus = ", ".join(facts["gpus"]) or "none"
+    head = HEAD.format(**facts | {"versions": versions, "gpus": gpus, "date": content["date"]})
+    lines = [_line(row) for row in content["rows"]]
+    notes = [f"- {row['what']}: {row['note']}" for row in content["rows"] if row["note"]]
+    parts = [head + "\n".join(lines), "\n".join(["## Notes", "", *notes])]
+    return "\n\n".join(parts) + "\n" + GROWTH
+
+
+def figure(row: dict[str, Any]) -> str:
+    """A row's result with its unit."""
+    return f"{row['value']:.3g}{' s' if row['unit'] == 's' else ' x' if row['unit'] == 'x' else ''}"
+
+
+def _line(row: dict[str, Any]) -> str:
+    target = f"{'at least' if row['at_least'] else 'at most'} {row['target']:g}"
+    detail = "; ".join(f"{name}: {value:.4g}" for name, value in row["detail"].items())
+    return f"| {row['what']} | {figure(row)} | {target} | {'yes' if row['reached'] else '**no**'} | {detail} |"
