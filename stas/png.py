@@ -18,7 +18,7 @@ def encode_grey(image: NDArray[np.uint8]) -> bytes:
     height, width = image.shape
     rows = np.zeros((height, width + 1), np.uint8)  # a row's first byte is its filter: none
     rows[:, 1:] = image
-    return _file(_HEADER.pack(width, height, *_PLAIN), zlib.compress(rows, 1))
+    return _file(_HEADER.pack(width, height, *_PLAIN), zlib.compress(rows.data, 1))
 
 
 def decode_grey(data: bytes, most: int, side: int) -> NDArray[np.uint8] | None:
