@@ -1,0 +1,180 @@
+"""What the GPU's measurements are made of: a training job on made samples, its step, the clock, and the peaks."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from scripts.bench.site import Site, multiplied
+from scripts.make_sample import make_sample
+from stas import loader
+from stas.config import Recipe, load_recipe
+from stas.distributed import Ranks
+from stas.job import Job, set_up
+from stas.loader import Batch, Pixels, epoch_batches, prefetch
+from stas.paths import Workspace
+from stas.preprocess import preprocess
+from stas.resources import GIB
+from stas.train import _backward
+from stas.transforms import prepare
+
+# Datasheets' dense TFLOP/s of the SXM form where there are several, by part of the device's name, the longest first.
+DATASHEET = {
+    "H100 PCIe": {"fp32": 51.0, "tf32": 378.0, "bf16": 756.0},
+    "H200": {"fp32": 67.0, "tf32": 494.7, "bf16": 989.4},
+    "H100": {"fp32": 67.0, "tf32": 494.7, "bf16": 989.4},
+    "A100": {"fp32": 19.5, "tf32": 156.0, "bf16": 312.0},
+    "L40S": {"fp32": 91.6, "tf32": 183.0, "bf16": 362.0},
+    "V100": {"fp32": 15.7},
+}
+RANKS = 4  # the recipes' batches are those of four GPUs
+SPLIT = "data.split={kind: fraction, fraction: 0.1}"
+_runs = count()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a network is computed."""
+
+    precision: str  # fp32, tf32 or bf16
+    channels_last: bool
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        return self.precision + ", channels_last" * self.channels_last + ", compiled" * self.compiled
+
+    def settings(self) -> list[str]:
+        """What it changes in a recipe."""
+        precision = "fp32" if self.precision == "tf32" else self.precision
+        layout = f"train.channels_last={str(self.channels_last).lower()}"
+        return [f"train.precision={precision}", layout, f"train.compile={str(self.compiled).lower()}"]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all parts share."""
+
+    site: Site  # its images are of the contest's size; no members
+    workspace: Workspace
+    device: torch.device
+    samples: int  # in the store
+
+    @property
+    def quick(self) -> bool:
+        return self.site.quick
+
+    @property
+    def size(self) -> int:
+        return 64 if self.quick else 800
+
+    def recipe(self, name: str, variant: Variant, batch: int | None = None) -> Recipe:
+        """A reference recipe as one of its four GPUs sees it, with random weights."""
+        batch = batch or (2 if self.quick else load_recipe(name).train.batch // RANKS)
+        changes = [f"data.size={self.size}", SPLIT, "model.weights=null", f"train.batch={batch}"]
+        return load_recipe(name, [*changes, *variant.settings()])
+
+
+def make_bench(scratch: Path, device: torch.device, quick: bool) -> Bench:
+    """Make images, annotations and one store; needs no GPU."""
+    made, samples = scratch / "made", 10 if quick else 96
+    make_sample(made, 2 if quick else 8, seed=0, scale=0.5 if quick else 2.0)
+    images, annotations = (
+        multiplied(made / name, scratch / name, samples) for name in ("Train_Images", "Train_Annotations")
+    )
+    bench = Bench(Site(scratch, images, annotations, [], quick), Workspace(scratch / "workspace"), device, samples)
+    preprocess([images], [annotations], bench.workspace, bench.recipe("efficientnet_b6_ns", Variant("fp32", False)))
+    return bench
+
+
+def build_job(bench: Bench, name: str, variant: Variant, batch: int | None = None) -> Job:
+    """A new run of one rank on the device, in training mode."""
+    gc.collect()
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    # A GPU's convolutions use TF32 unless told otherwise, its matrix products do not.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = variant.precision != "fp32"
+    run = bench.workspace.run(f"run{next(_runs)}")
+    job, _ = set_up(bench.recipe(name, variant, batch), bench.workspace, run, Ranks(0, 1, bench.device))
+    job.parallel.train()
+    return job
+
+
+def resident_batch(job: Job) -> Batch:
+    """The first batch of an epoch, on the device."""
+    return next(epoch_batches(job.pixels, job.training, job.recipe, 0, 0, 1)).to(job.ranks.device)
+
+
+def step(job: Job, batch: Batch) -> None:
+    """One training step as `stas train` makes it."""
+    _backward(job, batch)
+    job.scaler.step(job.optimizer)
+    job.scaler.update()
+
+
+def feed(job: Job, on_device: bool, steps: int) -> Callable[[], object]:
+    """A function that makes `steps` steps on samples that lie on the device, or that come from the store each time."""
+    share, loader.RESIDENT_SHARE = loader.RESIDENT_SHARE, 1.0 if on_device else 0.0
+    try:
+        pixels = Pixels(job.store, job.training, job.ranks.device)
+    finally:
+        loader.RESIDENT_SHARE = share
+
+    def run() -> None:
+        epoch = (batch for epoch in count() for batch in epoch_batches(pixels, job.training, job.recipe, epoch, 0, 1))
+        whole = (batch for batch in epoch if batch.total == job.recipe.train.batch)
+        for batch in prefetch(islice(whole, steps)):
+            step(job, batch.to(job.ranks.device))
+
+    return run
+
+
+def forward_flops(job: Job, batch: Batch) -> float:
+    """Floating-point operations of one image's forward pass, a multiplication and an addition counted as two."""
+    images, _ = prepare(batch, job.recipe)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        job.network(images)
+    return counter.get_total_flops() / len(images)
+
+
+def seconds(call: Callable[[], object], device: torch.device, repeats: int, warm_up: int = 3) -> float:
+    """Median seconds of `call`, each waited for."""
+    taken = []
+    for number in range(warm_up + repeats):
+        synchronise(device)
+        began = time.perf_counter()
+        call()
+        synchronise(device)
+        if number >= warm_up:
+            taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_gib(device: torch.device) -> float | None:
+    """Most memory that tensors have taken since the job was built."""
+    return torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else None
+
+
+def datasheet(device: torch.device) -> dict[str, float]:
+    """The device's dense TFLOP/s by precision; empty where its name is not known."""
+    if device.type != "cuda":
+        return {}
+    name = torch.cuda.get_device_name(device)
+    return next((figures for part, figures in DATASHEET.items() if part in name), {})
+
+
+def measured_product(device: torch.device, side: int) -> float:
+    """TFLOP/s of a bf16 product of two square matrices."""
+    left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * side**3 / seconds(lambda: left @ right, device, repeats=20) / 1e12
