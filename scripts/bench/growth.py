@@ -5,7 +5,6 @@ Cost is taken as a constant times x to the power of an exponent, which a line th
 
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -29,10 +28,11 @@ from stas.transforms import prepare
 from stas.vote import vote
 
 CHANGES = ("data.split.kind=fraction",)
-# Runs a command and prints its peak in KiB. The kernel counts what a process was forked from, so that must be small.
-PEAK = (
+# Runs a command and prints its processor seconds and peak in KiB. The kernel counts into the peak what a process was
+# forked from, so that must be small.
+MEASURED = (
     "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); "
-    "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    "used = resource.getrusage(resource.RUSAGE_CHILDREN); print(used.ru_utime + used.ru_stime, used.ru_maxrss)"
 )
 Curve = dict[int, float]  # what it costs, by what grows
 
@@ -53,7 +53,7 @@ def exponent(curve: Mapping[int, float]) -> float:
 
 
 def _images(site: Site, panels: dict[str, dict[str, Curve]]) -> Iterator[Row]:
-    """`stas preprocess` as a process of its own, with small images under many names."""
+    """`stas preprocess` as one process, with small images under many names."""
     counts, size = ((8, 16, 32), 64) if site.quick else ((100, 1000, 10_000), 256)
     made = site.scratch / "growth"
     make_sample(made, 4 if site.quick else 40, seed=1, scale=0.5)
@@ -63,34 +63,33 @@ def _images(site: Site, panels: dict[str, dict[str, Curve]]) -> Iterator[Row]:
         multiplied(made / "Train_Images", root / "images", count)
         multiplied(made / "Train_Annotations", root / "annotations", count)
         seconds[count], memory[count] = _run_preprocess(root, size)
-    panels["images"] = {"preprocess, s": seconds, "its largest process, MiB": memory}
+    panels["images"] = {"preprocess, processor seconds": seconds, "its peak memory, MiB": memory}
     detail = {f"{count} images, s": value for count, value in seconds.items()}
-    # The process alone takes a second or two, which hides the growth between the smallest numbers.
     later = {count: seconds[count] - seconds[counts[0]] for count in counts[1:]}
     yield _row(
-        "growth: preprocess seconds by images",
+        "growth: preprocess processor seconds by images",
         {n - counts[0]: s for n, s in later.items()},
         1.05,
         detail,
-        "Beyond the smallest number's, which is mostly the start of the processes.",
+        "Beyond those of the smallest number, a good part of which is the start of the process.",
     )
     detail = {f"{count} images, MiB": value for count, value in memory.items()}
     each = 1024 * (memory[counts[-1]] - memory[counts[0]]) / (counts[-1] - counts[0])
     note = (
-        f"The largest process's resident set. Its lists of files and samples, and the manifest made of them, grow by "
+        f"The resident set of one process. Its lists of files and samples, and the manifest made of them, grow by "
         f"{each:.1f} KiB a sample; pixels are not kept."
     )
     yield _row("growth: preprocess peak memory by images", memory, 0.1, detail, note)
 
 
 def _run_preprocess(root: Path, size: int) -> tuple[float, float]:
-    """Seconds, and the peak resident set of its largest process in MiB."""
+    """Processor seconds and peak resident set in MiB of one process; wall time would show other work's as well."""
     command = [sys.executable, "-m", "stas", "preprocess", "--images", root / "images"]
-    command += ["--annotations", root / "annotations", "--workspace", root]
+    command += ["--annotations", root / "annotations", "--workspace", root, "--workers", "1"]
     command += ["--set", f"data.size={size}", "--set", "data.split.kind=fraction"]
-    began = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", PEAK, *command], check=True, capture_output=True, text=True)
-    return time.perf_counter() - began, int(done.stdout) / 1024
+    done = subprocess.run([sys.executable, "-c", MEASURED, *command], check=True, capture_output=True, text=True)
+    used, peak = done.stdout.split()
+    return float(used), int(peak) / 1024
 
 
 def _size(site: Site, panels: dict[str, dict[str, Curve]]) -> Iterator[Row]:
