@@ -218,7 +218,7 @@ def _member_scores(stems: Sequence[str], counts: NDArray[np.int64]) -> dict[str,
     pooled = counts.sum(axis=0)
     return {
         "mean_dice": float(mean_dice(counts)),
-        "mean_dice_interval": bootstrap_interval(mean_dice, counts, SEED, RESAMPLES, LEVEL),
+        "mean_dice_interval": bootstrap_interval(lambda drawn: drawn.mean(axis=-1), scores, SEED, RESAMPLES, LEVEL),
         "pooled_dice": float(pooled_dice(counts)),
         "pooled_dice_interval": bootstrap_interval(pooled_dice, counts, SEED, RESAMPLES, LEVEL),
         "median_dice": float(np.median(scores)),

@@ -64,8 +64,8 @@ def pooled_dice(counts: ArrayLike) -> Scores:
 
 
 def bootstrap_interval(
-    statistic: Callable[[Counts], Scores],
-    counts: ArrayLike,
+    statistic: Callable[[NDArray], Scores],
+    values: ArrayLike,
     seed: int = 0,
     resamples: int = 2000,
     level: float = 0.95,
@@ -73,8 +73,8 @@ def bootstrap_interval(
     """Percentile bootstrap interval over images.
 
     Args:
-        statistic: maps counts (..., images, 3) to (...), such as `mean_dice` or `pooled_dice`.
-        counts: (images, 3), at least one image.
+        statistic: maps what was drawn, (resamples, images, ...), to (resamples,), such as `pooled_dice` of counts.
+        values: (images, ...), such as each image's Dice, which is quicker than its counts; at least one image.
         seed: of the resampling; the same seed gives the same interval.
         resamples: how often as many images as there are are drawn, with replacement.
         level: share of the resampled values inside the interval.
@@ -82,16 +82,16 @@ def bootstrap_interval(
     Returns:
         Lower and upper end.
     """
-    counts = np.asarray(counts, dtype=np.int64)
-    images = len(counts)
+    values = np.asarray(values)
+    images = len(values)
     assert images > 0, "no image to draw from"
     random = np.random.default_rng(seed)
     chunk = max(1, 1_000_000 // images)  # resamples at once: 24 MB of counts, however many images
-    values = [
-        statistic(counts[random.integers(images, size=(min(chunk, resamples - done), images))])
+    found = [
+        statistic(values[random.integers(images, size=(min(chunk, resamples - done), images))])
         for done in range(0, resamples, chunk)
     ]
-    low, high = np.quantile(np.concatenate(values), [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(np.concatenate(found), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
