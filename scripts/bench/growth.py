@@ -110,7 +110,11 @@ def _size(site: Site, panels: dict[str, dict[str, Curve]]) -> Iterator[Row]:
     panels["pixels of the square"] = {"make a sample, ms": made, "read one for training, ms": read}
     for what, curve in (("store", made), ("read", read)):
         detail = {f"{size} x {size}, ms": curve[size * size] for size in sizes}
-        note = "Decoding the JPEG and drawing the mask stay the same." if what == "store" else ""
+        note = (
+            "Decoding the JPEG and drawing the mask stay the same."
+            if what == "store"
+            else "Small batches fit the cache."
+        )
         yield _row(f"growth: milliseconds to {what} a sample by pixels", curve, 1.05, detail, note)
 
 
@@ -161,7 +165,7 @@ def _ranks(site: Site, panels: dict[str, dict[str, Curve]]) -> Iterator[Row]:
         value=curve[2] / curve[1],
         target=1.6,
         detail={f"{ranks} ranks, samples/s": value for ranks, value in curve.items()},
-        note=f"A tiny network over gloo, one thread a rank, on {cores()} cores: more ranks than cores gain nothing.",
+        note=f"A tiny network over gloo, on {cores()} cores. One rank reads on a second thread beside its own.",
     )
 
 
