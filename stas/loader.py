@@ -106,7 +106,8 @@ def epoch_batches(
     order = np.random.default_rng([seed, epoch]).permutation(np.asarray(samples)).tolist()
     for step in range(first, steps_per_epoch(len(order), size)):
         together = order[step * size : (step + 1) * size]
-        share, weights = rank_share(together, rank, ranks)
+        # A share of one image has no variance where a network pools globally before it normalises (DeepLabV3+).
+        share, weights = rank_share(together, rank, ranks, least=min(2, -(-size // ranks)))
         entries = [pixels.store.samples[index] for index in share]
         images, masks = pixels.take(share)
         yield Batch(
@@ -121,9 +122,9 @@ def epoch_batches(
         )
 
 
-def rank_share(together: Sequence[int], rank: int, ranks: int) -> tuple[list[int], list[float]]:
-    """Cut a global batch into equal shares; where it does not come out even, repeat its first sample with weight 0."""
-    each = -(-len(together) // ranks)
+def rank_share(together: Sequence[int], rank: int, ranks: int, least: int = 1) -> tuple[list[int], list[float]]:
+    """Cut a global batch into equal shares of at least `least`; what lacks is its first sample with weight 0."""
+    each = max(least, -(-len(together) // ranks))
     mine = list(together[rank * each : (rank + 1) * each])
     missing = each - len(mine)
     return mine + [together[0]] * missing, [1.0] * len(mine) + [0.0] * missing

@@ -36,7 +36,7 @@ def test_ranks_cut_the_same_batches(store_workspace, tiny):
     shares = [batches(store_workspace, tiny, rank, 3) for rank in range(3)]
     for step, whole in enumerate(alone):
         parts = [share[step] for share in shares]
-        assert {part.images.shape[0] for part in parts} == {-(-whole.total // 3)}
+        assert {part.images.shape[0] for part in parts} == {2}  # of 4, and of the 2 of the last batch
         assert {part.total for part in parts} == {whole.total}
         real = torch.cat([part.weights for part in parts]).bool()
         assert torch.equal(torch.cat([part.images for part in parts])[real], whole.images)
@@ -65,6 +65,20 @@ def test_rank_share_by_hand():
     assert rank_share([7, 8, 9], 0, 2) == ([7, 8], [1, 1])
     assert rank_share([7, 8, 9], 1, 2) == ([9, 7], [1, 0])
     assert rank_share([7], 3, 4) == ([7], [0])
+    assert rank_share([7], 0, 1, least=2) == ([7, 7], [1, 0])
+    assert rank_share([7, 8, 9], 1, 4, least=2) == ([9, 7], [1, 0])
+    assert rank_share([7, 8, 9], 3, 4, least=2) == ([7, 7], [0, 0])
+
+
+def test_no_share_of_a_batch_is_a_single_image_unless_all_are(store_workspace, tiny):
+    """Nine images in batches of four leave one over, which DeepLabV3+ could not normalise alone."""
+    store = open_store(store_workspace, tiny.data)
+    pixels = Pixels(store, range(9), torch.device("cpu"))
+    *_, last = epoch_batches(pixels, range(9), tiny, 0, 0, 1)
+    assert (last.total, last.images.shape[0], last.weights.tolist()) == (1, 2, [1, 0])
+    assert last.stems[0] == last.stems[1]
+    one = tiny.model_copy(update={"train": tiny.train.model_copy(update={"batch": 1})})
+    assert {batch.images.shape[0] for batch in epoch_batches(pixels, range(9), one, 0, 0, 1)} == {1}
 
 
 def test_prefetch_keeps_order_and_passes_errors_on():

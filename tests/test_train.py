@@ -129,6 +129,14 @@ def test_batch_normalisation_and_every_optimiser_resume(store_workspace, tiny):
 
 
 @pytest.mark.slow
+def test_a_last_batch_of_one_image_trains(store_workspace, tiny):
+    """DeepLabV3+ pools an image to one value a channel and normalises that over the batch."""
+    model = {"library": "smp", "architecture": "DeepLabV3Plus", "encoder": "resnet18", "weights": None, "options": {}}
+    recipe = changed(tiny, model=model, train={"batch": 3, "epochs": 1})  # 7 images
+    train(recipe, store_workspace, "one-over")
+    assert len(figures(store_workspace.run("one-over"))) == 1
+
+
 def test_two_ranks_train_as_one(store_workspace, tiny, tmp_path):
     """7 samples for training in batches of 4 and 3, so that the last does not come out even."""
     options = tiny.model.options | {"dropout": 0.0}  # dropout draws differ from rank to rank, as they should
