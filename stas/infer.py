@@ -186,7 +186,7 @@ def _batches(
 def _read(file: Path, recipe: Recipe) -> tuple[NDArray[np.uint8], float, float, tuple[int, int]]:
     """One image exactly as the store would hand it to training: area-resized, rounded to 8 bit."""
     image = read_image(file)
-    small = area_resize(image, recipe.data.size).round().astype(np.uint8)
+    small = area_resize(image, recipe.data.size, scale=1)
     return small, float(image.min()), float(image.max()), (image.shape[0], image.shape[1])
 
 

@@ -8,6 +8,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from stas.store import FORMAT, Sample, Skipped, area_resize, copy_file, digest, 
 
 log = logging.getLogger(__name__)
 
+SYNC_BYTES = 64 << 20
 ABANDONED = 24 * 3600  # seconds after which a half-built store is taken for that of a killed process
 
 
@@ -58,8 +60,8 @@ def make_record(source: Source, image: NDArray[np.uint8], mask: NDArray[np.bool_
     """
     assert image.shape[:2] == mask.shape
     # MONAI scales to [0, 1] before it resizes; both are affine in the pixels, so raw bytes can be stored.
-    small = np.rint(area_resize(image, size)).astype(np.uint8).tobytes()
-    small_mask = np.rint(area_resize(mask, size) * 255).astype(np.uint8).tobytes()
+    small = area_resize(image, size, scale=1).tobytes()
+    small_mask = area_resize(mask, size, scale=255).tobytes()
     full = zlib.compress(np.packbits(mask).tobytes(), 1)
     sample = Sample(
         stem=source["stem"],
@@ -84,6 +86,9 @@ class StoreWriter:
         self.samples: list[Sample] = []
         self.skipped: list[Skipped] = []
         self._file = file
+        self._unsynced = 0
+        self._syncs: list[Future[None]] = []
+        self._thread = ThreadPoolExecutor(1)
         with _disk_errors(file):
             # Nobody else knows the file yet, so neither locks nor a sync for each record are needed.
             self._env = lmdb.open(str(file), map_size=64 << 20, subdir=False, lock=False, sync=False, mode=0o644)
@@ -100,13 +105,20 @@ class StoreWriter:
             except lmdb.MapFullError:
                 self._env.set_mapsize(self._env.info()["map_size"] * 2)
         self.samples.append(record.sample)
+        self._unsynced += sum(map(len, parts.values()))
+        if self._unsynced > SYNC_BYTES:  # meanwhile, or the disk would be waited for at the end
+            self._syncs.append(self._thread.submit(self._env.sync, True))
+            self._unsynced = 0
 
     def sync(self) -> None:
         """Bring everything to disk."""
         with _disk_errors(self._file):
+            for sync in self._syncs:
+                sync.result()
             self._env.sync(True)
 
     def close(self) -> None:
+        self._thread.shutdown()
         self._env.close()
 
 

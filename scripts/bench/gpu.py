@@ -62,7 +62,7 @@ class Report:
             result = call()
         except torch.OutOfMemoryError as error:
             self.note(f"{what}: out of memory: {str(error).splitlines()[0]}")
-        except Exception as error:  # the machine is lent for minutes: what remains is measured all the same
+        except Exception as error:  # a GPU may be had for minutes only: what remains is measured all the same
             self.note(f"{what}: failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
         else:
             self.content["results"].append({"what": what} | result | {"took_s": time.monotonic() - began})

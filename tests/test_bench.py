@@ -1,0 +1,80 @@
+"""The benchmarks run, say what they measured, and the pages quote what they said."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts.bench.__main__ import PARTS
+from scripts.bench.growth import exponent
+from scripts.bench.measure import Row, interleaved
+from scripts.bench.report import figure, markdown
+
+DOCS = Path(__file__).parents[1] / "docs"
+README = DOCS.parent / "README.md"
+
+
+def test_what_is_compared_runs_in_turn_and_the_median_counts():
+    calls = []
+    seconds = interleaved({"one": lambda: calls.append(1), "two": lambda: calls.append(2)}, repeats=3)
+    assert calls == [1, 2] * 4  # a first round that does not count
+    assert set(seconds) == {"one", "two"} and all(0 <= value < 1 for value in seconds.values())
+
+
+@pytest.mark.parametrize(("value", "at_least", "reached"), [(2, True, True), (1.9, True, False), (1.9, False, True)])
+def test_a_target_is_a_least_or_a_most(value, at_least, reached):
+    assert Row("what", value, target=2, at_least=at_least).reached is reached
+
+
+def test_exponent_by_hand():
+    assert exponent({1: 3.0, 10: 30.0, 100: 300.0}) == pytest.approx(1)
+    assert exponent({1: 3.0, 10: 3.0}) == pytest.approx(0)
+
+
+def test_the_page_is_made_of_the_figures():
+    content = json.loads((DOCS / "benchmarks.json").read_text())
+    assert not content["quick"]
+    assert (DOCS / "benchmarks.md").read_text() == markdown(content), "make it again with `make bench OUT=docs`"
+    assert all(math.isfinite(row["value"]) for row in content["rows"])
+
+
+def test_the_readme_quotes_only_what_the_benchmarks_said():
+    rows = {row["what"]: row for row in json.loads((DOCS / "benchmarks.json").read_text())["rows"]}
+    section = README.read_text().split("\n## Speed\n")[1].split("\n## ")[0]
+    quoted = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", section, re.MULTILINE)[2:]  # after the head
+    assert len(quoted) >= 5
+    for what, found, target in quoted:
+        row = rows[what]
+        assert found == figure(row), what
+        assert target == f"{'at least' if row['at_least'] else 'at most'} {row['target']:g}", what
+
+
+@pytest.mark.slow
+def test_every_part_runs_and_every_row_is_written(tmp_path):
+    line = [sys.executable, "-m", "scripts.bench", "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=900, cwd=DOCS.parent)
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "benchmarks.json").read_text())
+    wanted = {row["what"].split(",")[0] for row in json.loads((DOCS / "benchmarks.json").read_text())["rows"]}
+    kinds = [what.split()[0].strip(":") for what in wanted]
+    found = [row["what"].split()[0].strip(":") for row in content["rows"]]
+    assert set(found) == set(kinds), PARTS
+    assert all(row["detail"] or row["note"] or row["unit"] for row in content["rows"])
+    assert (tmp_path / "growth.png").stat().st_size > 10_000
+    assert len(done.stdout.splitlines()) == len(content["rows"]) + 2  # nothing but the table, and where the results are
+
+
+@pytest.mark.slow
+def test_the_gpu_script_runs_on_the_cpu(tmp_path):
+    line = [sys.executable, "-m", "scripts.bench.gpu", "--quick", "--out", str(tmp_path / "gpu.json")]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=900, cwd=DOCS.parent)
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "gpu.json").read_text())
+    measured = " ".join(result["what"] for result in content["results"])
+    for part in ("bf16 product", "train", "stall", "rivals", "infer", "optimizer"):
+        assert part in measured, content["notes"]
+    assert not [note for note in content["notes"] if "failed" in note]
