@@ -37,7 +37,7 @@ class Changes:
     gamma: Tensor
 
     def to(self, device: torch.device) -> "Changes":
-        moved = {field.name: getattr(self, field.name).to(device) for field in fields(self)}
+        moved = {field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)}
         return Changes(**moved | {"flips": self.flips, "turns": self.turns})
 
 
@@ -72,12 +72,15 @@ def recolour(images: Tensor, changes: Changes, augment: Augment) -> Tensor:
 
 def jitter_stains(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Multiply the amount of each of STAINS in images (N, 3, H, W) in [0, 1] by scale, and add shift, both (N, 3)."""
-    stains = (STAINS / STAINS.norm(dim=1, keepdim=True)).to(images.device)
+    stains = STAINS / STAINS.norm(dim=1, keepdim=True)
+    inverse = torch.linalg.inv(stains.T).to(images.device)  # on a GPU it would wait for the result
+    stains = stains.to(images.device)
     density = -torch.log(images.clamp(min=1 / 255)).flatten(2)  # (N, 3, pixels)
     # Amounts are inverse(stains.T) @ density; their change is one 3 x 3 matrix for each image.
-    change = stains.T @ (scale[:, :, None] * torch.linalg.inv(stains.T))
+    change = stains.T @ (scale[:, :, None] * inverse)
     density = torch.baddbmm((shift @ stains)[:, :, None], change, density)
-    return torch.exp(-density).clamp_(0, 1).view_as(images)
+    changed = torch.exp(-density).clamp_(0, 1).view(images.shape)
+    return torch.empty_like(images).copy_(changed)  # in the memory format that they came in
 
 
 def _draw(augment: Augment, random: np.random.Generator) -> tuple[np.ndarray, ...]:

@@ -154,8 +154,8 @@ def _predict_share(
     with ThreadPoolExecutor(2) as pool:
         for stems, pixels, low, high, sizes in bar(batches, len(todo), "infer", show=ranks.first):
             logits = _logits(network, (pixels, low, high), recipe, key["tta"], ranks.device)
-            for stem, logit, size in zip(stems, logits, sizes, strict=True):
-                writing.append(pool.submit(_write, partial, stem, logit, size, key["threshold"], key["probabilities"]))
+            for stem, logit, own in zip(stems, logits, sizes, strict=True):
+                writing.append(pool.submit(_write, partial, stem, logit, own, key["threshold"], key["probabilities"]))
             while len(writing) > 4 * recipe.infer.batch:  # bounds the memory of masks that wait
                 writing.pop(0).result()
         for future in writing:

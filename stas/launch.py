@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
 from types import FrameType
@@ -24,8 +25,8 @@ RANKED = ("train", "infer")  # the stages that run as several processes
 # Seconds between SIGTERM and SIGKILL for the ranks. Longer than a checkpoint takes; shorter than Kubernetes'
 # terminationGracePeriodSeconds and Slurm's --signal lead (a test compares them).
 SHUTDOWN_TIMEOUT = 120
-# Seconds that the ranks have to end by themselves when one of them has died: to log why, and to end writing.
-BEREAVED_TIMEOUT = 10
+# Seconds that the ranks have to end by themselves when one of them has died: to log why, and to end a checkpoint.
+BEREAVED_TIMEOUT = 30
 
 
 def launch(
@@ -133,8 +134,9 @@ def _end_with_the_dead(status: Path, over: Event) -> None:
             continue
         for rank in ranks:
             if not _ended(rank):
-                log.error("process %d goes on though process %d, a rank like it, is lost: ending it", rank, lost)
-                os.kill(rank, signal.SIGKILL)
+                log.error("process %d has not ended since rank process %d was lost: ending it", rank, lost)
+                with suppress(ProcessLookupError):  # torchrun was faster
+                    os.kill(rank, signal.SIGKILL)
 
 
 def _lost(status: Path, rank: int) -> bool:

@@ -4,6 +4,7 @@ A batch holds what the store holds, a byte for each value; what the network sees
 """
 
 import queue
+import sys
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from stas.augment import Changes, draw_changes
@@ -52,10 +54,13 @@ class Pixels:
         self.store = store
         self._device = device
         self._position = {index: position for position, index in enumerate(samples)}
+        self._kept: list[NDArray[np.uint8]] = []
         self._resident: tuple[Tensor, Tensor] | None = None
         size = len(samples) * store.size[0] * store.size[1] * 4
-        if device.type == "cuda" and size <= RESIDENT_SHARE * torch.cuda.get_device_properties(device).total_memory:
-            self._resident = self._copied(samples)
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)  # others may use the GPU too
+            if size <= min(free, RESIDENT_SHARE * total):
+                self._resident = self._copied(samples)
 
     def take(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Images (N, H, W, 3) and masks (N, H, W), uint8, of samples by their position in the store."""
@@ -71,8 +76,12 @@ class Pixels:
     def _empty(self, *shape: int) -> Tensor:
         if self._device.type == "cuda":  # or copying to the GPU would wait for it
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
-        # numpy asks the system for huge pages, torch does not: page by page, it takes longer than the copying.
-        return torch.from_numpy(np.empty(shape, np.uint8))
+        # New memory takes longer to get from the system than to fill: that of batches which nobody holds is used again.
+        for kept in self._kept:
+            if kept.shape == shape and sys.getrefcount(kept) <= 3:  # the list's reference, the loop's and the call's
+                return torch.from_numpy(kept)
+        self._kept.append(np.empty(shape, np.uint8))
+        return torch.from_numpy(self._kept[-1])
 
     def _copied(self, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
         images = torch.empty(len(samples), *self.store.size, 3, dtype=torch.uint8, device=self._device)

@@ -27,12 +27,14 @@ def decode_grey(data: bytes, most: int, side: int) -> NDArray[np.uint8] | None:
     None for all others, and for one of more than `most` pixels or with a longer `side`: Pillow says what it is.
     """
     header, compressed = data[16:29], data[41:-16]
-    if len(header) != _HEADER.size or data != _file(header, compressed):  # which compares the checksums, too
+    if len(header) != _HEADER.size:
         return None
     width, height, *kind = _HEADER.unpack(header)
     if kind != _PLAIN or not 0 < width * height <= most or max(width, height) > side:
         return None
     length = height * (width + 1)
+    if len(compressed) > 2 * length + 64 or data != _file(header, compressed):  # which compares the checksums, too
+        return None
     inflate = zlib.decompressobj()
     try:
         pixels = inflate.decompress(compressed, length + 1)  # a kilobyte can stand for a megabyte

@@ -8,7 +8,6 @@ import time
 import uuid
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,6 @@ from stas.store import FORMAT, Sample, Skipped, area_resize, copy_file, digest, 
 
 log = logging.getLogger(__name__)
 
-SYNC_BYTES = 64 << 20
 ABANDONED = 24 * 3600  # seconds after which a half-built store is taken for that of a killed process
 
 
@@ -86,9 +84,6 @@ class StoreWriter:
         self.samples: list[Sample] = []
         self.skipped: list[Skipped] = []
         self._file = file
-        self._unsynced = 0
-        self._syncs: list[Future[None]] = []
-        self._thread = ThreadPoolExecutor(1)
         with _disk_errors(file):
             # Nobody else knows the file yet, so neither locks nor a sync for each record are needed.
             self._env = lmdb.open(str(file), map_size=64 << 20, subdir=False, lock=False, sync=False, mode=0o644)
@@ -105,20 +100,13 @@ class StoreWriter:
             except lmdb.MapFullError:
                 self._env.set_mapsize(self._env.info()["map_size"] * 2)
         self.samples.append(record.sample)
-        self._unsynced += sum(map(len, parts.values()))
-        if self._unsynced > SYNC_BYTES:  # meanwhile, or the disk would be waited for at the end
-            self._syncs.append(self._thread.submit(self._env.sync, True))
-            self._unsynced = 0
 
     def sync(self) -> None:
         """Bring everything to disk."""
         with _disk_errors(self._file):
-            for sync in self._syncs:
-                sync.result()
             self._env.sync(True)
 
     def close(self) -> None:
-        self._thread.shutdown()
         self._env.close()
 
 

@@ -106,8 +106,9 @@ def train(
         clock = Clock(progress.elapsed, limit, checkpoint_every)
         writer = files.enter_context(CheckpointWriter(paths, held))
         while not distributed.any_of(progress.ended(epochs, limit))[0]:
-            train_loss, images = _train_epoch(job, progress, stop, clock, writer)
-            scores = validate(job, stop)
+            with _memory_explained(job):
+                train_loss, images = _train_epoch(job, progress, stop, clock, writer)
+                scores = validate(job, stop)
             if scores is None:
                 _stop_early(job, progress, clock, writer)
             val_loss, val_dice = scores
@@ -154,8 +155,7 @@ def _train_epoch(
         _seed_step(recipe.train.seed, step, ranks.rank)
         # A network that has seen NaN keeps it in the running statistics of its normalisations.
         buffers = [buffer.clone() for buffer in job.network.buffers()] if recipe.train.max_bad_steps else []
-        with _memory_explained(job, batch):
-            loss, finite = _backward(job, batch.to(ranks.device))
+        loss, finite = _backward(job, batch.to(ranks.device))
         bad, stopping, due, spent = distributed.any_of(
             not finite,
             stop.is_set(),
@@ -271,15 +271,16 @@ def _seed_step(seed: int, step: int, rank: int) -> None:
 
 
 @contextmanager
-def _memory_explained(job: Job, batch: Batch) -> Iterator[None]:
+def _memory_explained(job: Job) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
         device = job.ranks.device
         peak = torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else math.nan
         height, width = job.recipe.data.size
+        images = -(-job.recipe.train.batch // job.ranks.size)
         raise TrainingError(
-            f"{job.run.root}: out of GPU memory with {len(batch.images)} images of {height} x {width} on each of "
+            f"{job.run.root}: out of GPU memory with {images} images of {height} x {width} on each of "
             f"{job.ranks.size} ranks, peak {peak:.1f} GiB: lower train.batch ({job.recipe.train.batch} over all ranks) "
             "or data.size, take more GPUs, or use train.precision=bf16"
         ) from error

@@ -1,6 +1,6 @@
 """Measure `stas` against physical limits and rivals: `make bench`, or python -m scripts.bench [--quick] [NAME ...].
 
-Every figure is a ratio of two things timed in turn in the same run, so that another machine's table can be compared.
+Most figures are ratios of two things timed in turn in the same run, so that another machine's can be compared.
 """
 
 import argparse

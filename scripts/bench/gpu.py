@@ -129,8 +129,9 @@ def _trained(bench: Bench, report: Report, name: str, variant: Variant, product:
 def _note_best(best: dict[str, Variant], name: str, variant: Variant, report: Report, result: Result | None) -> None:
     """Keep the fastest variant of each encoder, in the results as well."""
     fastest = report.content.setdefault("fastest", {})
-    if result and result["images_per_s"] > fastest.get(name, {"images_per_s": 0})["images_per_s"]:
-        fastest[name] = {"variant": str(variant), "images_per_s": result["images_per_s"]}
+    rate = "resident_images_per_s"
+    if result and result[rate] > fastest.get(name, {rate: 0})[rate]:
+        fastest[name] = {"variant": str(variant), rate: result[rate]}
         best[name] = variant
     best.setdefault(name, variant)
 
@@ -151,7 +152,7 @@ def _train(bench: Bench, name: str, variant: Variant, product: Result) -> Result
     rate = batch.total / taken
     reached = rate * flops / 1e12
     return {
-        "images_per_s": rate,
+        "resident_images_per_s": rate,
         "batch": batch.total,
         "first_step_s": first,  # with the compilation
         "gflop_an_image": flops / 1e9,
@@ -250,7 +251,7 @@ def _memory(bench: Bench, name: str, variant: Variant) -> Result:
         "gib_fixed": fixed,
         "images_a_gib": 1 / an_image,
         "device_gib": total,
-        "largest_batch": int((total - fixed) / an_image),
+        "largest_batch_extrapolated": int((total - fixed) / an_image),
     }
 
 

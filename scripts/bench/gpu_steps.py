@@ -87,7 +87,8 @@ def make_bench(scratch: Path, device: torch.device, quick: bool) -> Bench:
     images, annotations = (
         multiplied(made / name, scratch / name, samples) for name in ("Train_Images", "Train_Annotations")
     )
-    bench = Bench(Site(scratch, images, annotations, [], quick), Workspace(scratch / "workspace"), device, samples)
+    site = Site(scratch, scratch, images, annotations, [], quick)
+    bench = Bench(site, Workspace(scratch / "workspace"), device, samples)
     preprocess([images], [annotations], bench.workspace, bench.recipe("efficientnet_b6_ns", Variant("fp32", False)))
     return bench
 

@@ -52,8 +52,12 @@ def measure(site: Site) -> Iterator[Row]:
     def write() -> None:
         shutil.rmtree(place / "masks", ignore_errors=True)
         with ThreadPoolExecutor(2) as pool:
-            for stem, logit, size in zip(stems, logits, sizes, strict=True):
+            written = [
                 pool.submit(stage._write, place / "masks", stem, logit, size, 0.5, False)
+                for stem, logit, size in zip(stems, logits, sizes, strict=True)
+            ]
+        for future in written:
+            future.result()
 
     def whole() -> None:
         shutil.rmtree(workspace.predictions(RUN), ignore_errors=True)

@@ -8,8 +8,9 @@ Made by `make bench OUT=docs`, on {date}; `docs/benchmarks.json` has the same fi
 
 - Machine: {processor}, {cores} cores, {memory_gib} GiB, GPUs: {gpus}; {system}, Python {python}.
 - Versions: {versions}.
-- Every figure is a ratio of things timed in turn in the same run: medians of interleaved repeats, after one that does
-  not count. So the ratios of another machine can be compared with these, and its seconds cannot.
+- Ratios of times are of things timed in turn in the same run: medians of interleaved repeats, after one that does not
+  count. So the ratios of another machine can be compared with these. Memory, seconds to start and exponents of growth
+  are measured as their notes say.
 - Images are made by `scripts/make_sample.py`, at the size of the contest's, 1716 x 942. Rivals are written as their
   users would write them, in `scripts/bench/rivals.py`: the contest's notebooks, and what MONAI's documentation advises.
 

@@ -86,8 +86,8 @@ def competent_loader(images: Sequence[Path], masks: Sequence[Path], size: int, b
 def batches(loader: Loader) -> Iterator[dict[str, torch.Tensor]]:
     """Batches without end.
 
-    MONAI keeps affine matrices unless a switch of the whole process, which `stas` turns, says no. The original way
-    leaves it on and cannot load without.
+    MONAI keeps affine matrices unless a switch of the whole process says no. The original way leaves it on and cannot
+    load without.
     """
     metadata = not isinstance(loader, ThreadDataLoader)
     while True:
