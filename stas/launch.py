@@ -26,7 +26,8 @@ RANKED = ("train", "infer")  # the stages that run as several processes
 # terminationGracePeriodSeconds and Slurm's --signal lead (a test compares them).
 SHUTDOWN_TIMEOUT = 120
 # Seconds that the ranks have to end by themselves when one of them has died: to log why, and to end a checkpoint.
-BEREAVED_TIMEOUT = 30
+# torchrun gives them 30, and where the dead one had only failed, any time.
+BEREAVED_TIMEOUT = 20
 
 
 def launch(

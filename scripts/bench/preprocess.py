@@ -24,7 +24,7 @@ Polygon = list[tuple[float, float]]
 
 
 def measure(site: Site) -> Iterator[Row]:
-    count = 6 if site.quick else 320
+    count = 6 if site.quick else 240
     place = site.scratch / "preprocess"
     images = multiplied(site.images, place / "images", count)
     annotations = multiplied(site.annotations, place / "annotations", count)
