@@ -46,8 +46,8 @@ class Progress:
     bad_steps: int = 0  # steps that were skipped because loss or gradient was not finite
 
     def ended(self, epochs: int, limit: float) -> bool:
-        """Whether the last epoch is done, or another would outrun the time limit; one under way is ended first."""
-        return not self.step and (self.epoch >= epochs or self.elapsed + self.epoch_seconds > limit)
+        """Whether the last epoch is done, or another would outrun the time limit."""
+        return self.epoch >= epochs or self.elapsed + self.epoch_seconds > limit
 
     def to_json(self) -> dict[str, Any]:
         """For a checkpoint; every rank must call it, because it holds the loss sums of all."""
