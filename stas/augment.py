@@ -3,7 +3,7 @@ a whole batch where it lies, which on a GPU costs next to nothing.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from stas.config import Augment
 # Optical density of haematoxylin, eosin and the residual, one a row, as RGB.
 # Ruifrok and Johnston, Quantification of histochemical staining by color deconvolution, 2001.
 STAINS = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+_UNIT_STAINS = STAINS / STAINS.norm(dim=1, keepdim=True)
+_TO_AMOUNTS = torch.linalg.inv(_UNIT_STAINS.T)  # of stains, from the density of R, G and B
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class Changes:
     gamma: Tensor
 
     def to(self, device: torch.device) -> "Changes":
-        moved = {field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)}
-        return Changes(**moved | {"flips": self.flips, "turns": self.turns})
+        names = ("stain_scale", "stain_shift", "gain", "shift", "gamma")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 def draw_changes(augment: Augment, seeds: Iterable[tuple[int, ...]]) -> Changes:
@@ -72,12 +74,10 @@ def recolour(images: Tensor, changes: Changes, augment: Augment) -> Tensor:
 
 def jitter_stains(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Multiply the amount of each of STAINS in images (N, 3, H, W) in [0, 1] by scale, and add shift, both (N, 3)."""
-    stains = STAINS / STAINS.norm(dim=1, keepdim=True)
-    inverse = torch.linalg.inv(stains.T).to(images.device)  # on a GPU it would wait for the result
-    stains = stains.to(images.device)
+    stains, to_amounts = _UNIT_STAINS.to(images.device), _TO_AMOUNTS.to(images.device)
     density = -torch.log(images.clamp(min=1 / 255)).flatten(2)  # (N, 3, pixels)
-    # Amounts are inverse(stains.T) @ density; their change is one 3 x 3 matrix for each image.
-    change = stains.T @ (scale[:, :, None] * inverse)
+    # The change of density by that of the amounts is one 3 x 3 matrix for each image.
+    change = stains.T @ (scale[:, :, None] * to_amounts)
     density = torch.baddbmm((shift @ stains)[:, :, None], change, density)
     changed = torch.exp(-density).clamp_(0, 1).view(images.shape)
     return torch.empty_like(images).copy_(changed)  # in the memory format that they came in

@@ -32,6 +32,10 @@ class Ranks:
         """Whether this is the one rank that writes files and speaks."""
         return self.rank == 0
 
+    def share(self, count: int) -> int:
+        """The most that any rank has of `count` things cut evenly."""
+        return -(-count // self.size)
+
 
 @contextmanager
 def join_ranks() -> Iterator[Ranks]:

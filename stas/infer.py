@@ -152,8 +152,8 @@ def _predict_share(
     writing: list[Future[None]] = []
     batches = prefetch(_batches(todo, files, recipe))
     with ThreadPoolExecutor(2) as pool:
-        for stems, pixels, low, high, sizes in bar(batches, len(todo), "infer", show=ranks.first):
-            logits = _logits(network, (pixels, low, high), recipe, key["tta"], ranks.device)
+        for stems, images, sizes in bar(batches, len(todo), "infer", show=ranks.first):
+            logits = _logits(network, images, recipe, key["tta"], ranks.device)
             for stem, logit, own in zip(stems, logits, sizes, strict=True):
                 writing.append(pool.submit(_write, partial, stem, logit, own, key["threshold"], key["probabilities"]))
             while len(writing) > 4 * recipe.infer.batch:  # bounds the memory of masks that wait
@@ -175,12 +175,12 @@ def _logits(
 
 def _batches(
     todo: Sequence[list[str]], files: dict[str, Path], recipe: Recipe
-) -> Iterator[tuple[list[str], Tensor, Tensor, Tensor, list[tuple[int, int]]]]:
+) -> Iterator[tuple[list[str], tuple[Tensor, Tensor, Tensor], list[tuple[int, int]]]]:
     """Yield stems, images (N, H, W, 3) uint8 with their smallest and largest values, and their own (height, width)."""
     with ThreadPoolExecutor(recipe.infer.batch) as pool:
         for stems in todo:
             small, low, high, sizes = zip(*pool.map(lambda stem: _read(files[stem], recipe), stems), strict=True)
-            yield stems, torch.from_numpy(np.stack(small)), torch.tensor(low), torch.tensor(high), list(sizes)
+            yield stems, (torch.from_numpy(np.stack(small)), torch.tensor(low), torch.tensor(high)), list(sizes)
 
 
 def _read(file: Path, recipe: Recipe) -> tuple[NDArray[np.uint8], float, float, tuple[int, int]]:

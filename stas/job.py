@@ -158,7 +158,7 @@ def _parallel(network: nn.Module, recipe: Recipe, ranks: Ranks, left: float) -> 
     if recipe.train.compile and left < COMPILE_WORTH:
         log.warning("train.compile: not compiled, because only %.0f s of the time limit are left", left)
     elif recipe.train.compile:
-        parallel = Compiled(network, batch=-(-recipe.train.batch // ranks.size))
+        parallel = Compiled(network, batch=ranks.share(recipe.train.batch))
     if ranks.size == 1:
         return parallel
     devices = [ranks.device] if ranks.device.type == "cuda" else None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stas.augment import Changes, draw_changes
 from stas.config import Recipe
-from stas.store import Store
+from stas.store import Sample, Store
 
 T = TypeVar("T")
 RESIDENT_SHARE = 0.1  # of a GPU's memory that the samples may take; the rest is the network's
@@ -50,7 +50,10 @@ class Pixels:
     Every rank needs all of them: the order, and so the share of each, is another in every epoch.
     """
 
-    def __init__(self, store: Store, samples: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self, store: Store, samples: Sequence[int], device: torch.device, resident_share: float = RESIDENT_SHARE
+    ) -> None:
+        """Take `samples`, by position in the store; `resident_share` of the GPU's memory is theirs if it suffices."""
         self.store = store
         self._device = device
         self._position = {index: position for position, index in enumerate(samples)}
@@ -59,8 +62,8 @@ class Pixels:
         size = len(samples) * store.size[0] * store.size[1] * 4
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info(device)  # others may use the GPU too
-            if size <= min(free, RESIDENT_SHARE * total):
-                self._resident = self._copied(samples)
+            if size <= min(free, resident_share * total):
+                self._resident = self._copied()
 
     def take(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Images (N, H, W, 3) and masks (N, H, W), uint8, of samples by their position in the store."""
@@ -83,9 +86,10 @@ class Pixels:
         self._kept.append(np.empty(shape, np.uint8))
         return torch.from_numpy(self._kept[-1])
 
-    def _copied(self, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
-        images = torch.empty(len(samples), *self.store.size, 3, dtype=torch.uint8, device=self._device)
-        masks = torch.empty(len(samples), *self.store.size, dtype=torch.uint8, device=self._device)
+    def _copied(self) -> tuple[Tensor, Tensor]:
+        shape = len(self._position), *self.store.size
+        images = torch.empty(*shape, 3, dtype=torch.uint8, device=self._device)
+        masks = torch.empty(shape, dtype=torch.uint8, device=self._device)
         for index, position in self._position.items():
             images[position] = torch.from_numpy(self.store.image(index))
             masks[position] = torch.from_numpy(self.store.mask(index))
@@ -119,16 +123,23 @@ def epoch_batches(
         share, weights = rank_share(together, rank, ranks, least=min(2, -(-size // ranks)))
         entries = [pixels.store.samples[index] for index in share]
         images, masks = pixels.take(share)
+        low, high = value_range(entries)
         yield Batch(
             images,
             masks,
-            low=torch.tensor([float(entry["min"]) for entry in entries]),
-            high=torch.tensor([float(entry["max"]) for entry in entries]),
+            low,
+            high,
             changes=draw_changes(recipe.augment, [(seed, epoch, index) for index in share]),
             weights=torch.tensor(weights),
             total=len(together),
             stems=[entry["stem"] for entry in entries],
         )
+
+
+def value_range(entries: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of each of the original images, (N,), float32, 0 to 255."""
+    low, high = zip(*((float(entry["min"]), float(entry["max"])) for entry in entries), strict=True)
+    return torch.tensor(low), torch.tensor(high)
 
 
 def rank_share(together: Sequence[int], rank: int, ranks: int, least: int = 1) -> tuple[list[int], list[float]]:

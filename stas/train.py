@@ -278,7 +278,7 @@ def _memory_explained(job: Job) -> Iterator[None]:
         device = job.ranks.device
         peak = torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else math.nan
         height, width = job.recipe.data.size
-        images = -(-job.recipe.train.batch // job.ranks.size)
+        images = job.ranks.share(job.recipe.train.batch)
         raise TrainingError(
             f"{job.run.root}: out of GPU memory with {images} images of {height} x {width} on each of "
             f"{job.ranks.size} ranks, peak {peak:.1f} GiB: lower train.batch ({job.recipe.train.batch} over all ranks) "

@@ -8,6 +8,7 @@ from torch.nn.functional import interpolate
 
 from stas import distributed
 from stas.job import Job
+from stas.loader import value_range
 from stas.metrics import confusion, dice
 from stas.transforms import as_input
 
@@ -26,16 +27,15 @@ def validate(job: Job, stop: Event) -> tuple[float, float] | None:
     device = job.ranks.device
     losses = scores = 0.0
     share = job.validation[job.ranks.rank :: job.ranks.size]
-    size = -(-job.recipe.train.batch // job.ranks.size)
+    size = job.ranks.share(job.recipe.train.batch)
     # Shares differ by one image, and so by one batch: every rank makes the same number of rounds, to agree in each.
-    for start in range(0, -(-len(job.validation) // job.ranks.size), size):
+    for start in range(0, job.ranks.share(len(job.validation)), size):
         if distributed.any_of(stop.is_set())[0]:
             return None
         indices = share[start : start + size]
         if not indices:
             continue
-        entries = [job.store.samples[index] for index in indices]
-        low, high = (torch.tensor([float(entry[end]) for entry in entries], device=device) for end in ("min", "max"))
+        low, high = (ends.to(device) for ends in value_range([job.store.samples[index] for index in indices]))
         pixels = torch.from_numpy(np.stack([job.store.image(index) for index in indices])).to(device)
         with job.autocast():
             logits = job.network(as_input(pixels, low, high, job.recipe)).float()

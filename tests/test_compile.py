@@ -5,13 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from stas.config import Recipe
 from stas.paths import Workspace
 from stas.progress import read_metrics
 from tests.launch import stas
-from tests.test_train import changed
+from tests.test_train import changed, recipe_file
 
 pytestmark = pytest.mark.slow
 
@@ -21,9 +20,7 @@ def losses(workspace: Workspace, run: str) -> list[float]:
 
 
 def train(workspace: Workspace, recipe: Recipe, run: str, directory: Path, *options: str, **environment: str) -> str:
-    path = directory / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
-    again = ["train", "--recipe", path, "--workspace", workspace.root, "--run", run, *options]
+    again = ["train", "--recipe", recipe_file(recipe, directory), "--workspace", workspace.root, "--run", run, *options]
     done = stas(*again, ranks=0, **environment)
     assert done.returncode == 0, done.stderr
     return done.stderr

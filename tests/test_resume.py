@@ -12,7 +12,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-import yaml
 
 from stas import train as train_module
 from stas.checkpoint import load_checkpoint
@@ -23,7 +22,7 @@ from stas.progress import read_metrics
 from stas.store import Store
 from stas.train import train
 from tests.launch import QUIET, stas
-from tests.test_train import assert_same_run, changed
+from tests.test_train import assert_same_run, changed, recipe_file
 
 pytestmark = pytest.mark.slow
 
@@ -31,12 +30,6 @@ pytestmark = pytest.mark.slow
 def start(*arguments: object, ranks: int = 1) -> subprocess.Popen[str]:
     line = [sys.executable, "-m", "stas", "launch", "--processes", str(ranks), *map(str, arguments)]
     return subprocess.Popen(line, env=os.environ | QUIET, stderr=subprocess.PIPE, text=True)
-
-
-def recipe_file(recipe: Recipe, directory: Path) -> Path:
-    path = directory / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
-    return path
 
 
 def position(run: RunPaths) -> tuple[int, int]:

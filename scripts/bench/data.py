@@ -8,13 +8,11 @@ import torch
 
 from scripts.bench.measure import Row, interleaved
 from scripts.bench.rivals import batches, mask_files, original_loader
-from scripts.bench.site import Site, multiplied
-from stas.config import Recipe, load_recipe
+from scripts.bench.site import Site, make_store
+from stas.config import load_recipe
 from stas.distributed import Ranks
 from stas.job import set_up
 from stas.loader import Batch, Pixels, epoch_batches, prefetch
-from stas.paths import Workspace
-from stas.preprocess import preprocess
 from stas.store import open_store
 from stas.train import _backward
 from stas.transforms import prepare
@@ -32,7 +30,7 @@ def _loading(site: Site) -> Iterator[Row]:
     """Samples a second at the reference's size, in the reference's batches."""
     side, count = (64, 8) if site.quick else (800, 160)
     recipe = load_recipe("efficientnet_b6_ns", [f"data.size={side}", SPLIT])
-    store = open_store(_preprocessed(site, recipe, count), recipe.data)
+    store = open_store(make_store(site, site.scratch / recipe.name, recipe, count), recipe.data)
     pixels, everything = Pixels(store, range(count), CPU), range(count)
     made = list(islice(epoch_batches(pixels, everything, recipe, 0, 0, 1), 2))
     source = np.ones((recipe.train.batch, store.size[0] * store.size[1] * 4), np.uint8)
@@ -91,7 +89,7 @@ def _beside_the_step(site: Site) -> Row:
     """The step's time when the batch lies there, and when it comes from the store, in blocks of steps in turn."""
     steps = 2 if site.quick else 4
     recipe = load_recipe("lite0", [SPLIT, *(["data.size=64"] if site.quick else [])])
-    workspace = _preprocessed(site, recipe, 8 if site.quick else 40)
+    workspace = make_store(site, site.scratch / recipe.name, recipe, 8 if site.quick else 40)
     job, _ = set_up(recipe, workspace, workspace.run("bench"), Ranks(0, 1, CPU))
     job.network.train()
     resident = next(epoch_batches(job.pixels, job.training, recipe, 0, 0, 1))
@@ -115,15 +113,6 @@ def _beside_the_step(site: Site) -> Row:
         detail={name: value / steps for name, value in seconds.items()},
         note="Seconds a step of 4 images at 352 x 640; each block of steps begins with an empty queue.",
     )
-
-
-def _preprocessed(site: Site, recipe: Recipe, count: int) -> Workspace:
-    workspace = Workspace(site.scratch / recipe.name)
-    images, annotations = (
-        multiplied(source, workspace.root / source.name, count) for source in (site.images, site.annotations)
-    )
-    preprocess([images], [annotations], workspace, recipe)
-    return workspace
 
 
 def _exhaust(items: Iterable[object]) -> None:

@@ -3,11 +3,9 @@
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
 
-from scripts.bench.measure import Row, interleaved
+from scripts.bench.measure import Row, interleaved, named_seconds
 from scripts.bench.pictures import fastest_decoder
 from scripts.bench.site import Site, multiplied
 from stas.evaluate import evaluate
@@ -18,8 +16,7 @@ from stas.vote import vote
 def measure(site: Site) -> Iterator[Row]:
     count = 6 if site.quick else 1000
     place = site.scratch / "evaluate"
-    with redirect_stdout(StringIO()):
-        voted = vote(site.members, place / "predictions" / "vote")
+    voted = vote(site.members, place / "predictions" / "vote")
     sets = [multiplied(directory, place / directory.name, count) for directory in (*site.members, voted)]
     truth = multiplied(site.annotations, place / "truth", count)
     files = [path for directory in sets for path in sorted(directory.iterdir())]
@@ -35,14 +32,9 @@ def measure(site: Site) -> Iterator[Row]:
 
     def stage() -> None:
         shutil.rmtree(place / "scores", ignore_errors=True)
-        with redirect_stdout(StringIO()):
-            evaluate(sets, truth, place / "scores", sheets=0)
+        evaluate(sets, truth, place / "scores", sheets=0)
 
     seconds = interleaved({"limit": limit, "evaluate": stage}, min(3, site.repeats))
     note = f"limit: {len(files)} masks decoded by {library} in {cores()} threads; evaluate without sheets"
     what = f"evaluate {count} images, 3 members and their vote: limit / time"
     yield Row(what, seconds["limit"] / seconds["evaluate"], 0.8, detail=named_seconds(seconds), note=note)
-
-
-def named_seconds(seconds: dict[str, float]) -> dict[str, float]:
-    return {f"{name}, s": value for name, value in seconds.items()}

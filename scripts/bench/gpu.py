@@ -203,7 +203,7 @@ def _rivals(bench: Bench, name: str) -> Result:
     ):
         given = rivals.batches(load(images[:whole], masks[:whole], bench.size, batch))
         network = build(recipe.model.encoder, bench.device).train()
-        optimizer = rivals.adabelief(network)
+        optimizer = rivals.adabelief(network.parameters())
         taken = seconds(
             lambda advance=advance, network=network, optimizer=optimizer, given=given: advance(
                 network, optimizer, next(given), bench.device
@@ -260,7 +260,7 @@ def _optimizer(bench: Bench, name: str) -> Result:
     job = build_job(bench, name, Variant("fp32", False))
     for parameter in job.network.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
-    other = rivals.adabelief(job.network)
+    other = rivals.adabelief(job.network.parameters())
     repeats = 3 if bench.quick else 20
     ours, theirs = (1000 * seconds(optimizer.step, bench.device, repeats) for optimizer in (job.optimizer, other))
     return {"kind": job.recipe.optimizer.name, "ms": ours, "adabelief_pytorch_ms": theirs, "ratio": ours / theirs}

@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scripts.bench.site import Site, multiplied
 from scripts.make_sample import make_sample
-from stas import loader
 from stas.config import Recipe, load_recipe
 from stas.distributed import Ranks
 from stas.job import Job, set_up
@@ -121,11 +120,7 @@ def step(job: Job, batch: Batch) -> None:
 
 def feed(job: Job, on_device: bool, steps: int) -> Callable[[], object]:
     """A function that makes `steps` steps on samples that lie on the device, or that come from the store each time."""
-    share, loader.RESIDENT_SHARE = loader.RESIDENT_SHARE, 1.0 if on_device else 0.0
-    try:
-        pixels = Pixels(job.store, job.training, job.ranks.device)
-    finally:
-        loader.RESIDENT_SHARE = share
+    pixels = Pixels(job.store, job.training, job.ranks.device, resident_share=1.0 if on_device else 0.0)
 
     def run() -> None:
         epoch = (batch for epoch in count() for batch in epoch_batches(pixels, job.training, job.recipe, epoch, 0, 1))

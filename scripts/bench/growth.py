@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from scripts.bench.growth_ranks import epoch_seconds
 from scripts.bench.measure import Row, interleaved
-from scripts.bench.site import Site, multiplied
+from scripts.bench.site import Site, make_store, multiplied
 from scripts.make_sample import make_sample
 from stas.config import Recipe, load_recipe
 from stas.loader import Pixels, epoch_batches
@@ -23,7 +23,7 @@ from stas.paths import Workspace
 from stas.preprocess import Task, preprocess
 from stas.preprocess import make_sample as make_stored
 from stas.resources import cores
-from stas.store import Store
+from stas.store import Store, open_store
 from stas.transforms import prepare
 from stas.vote import vote
 
@@ -153,10 +153,7 @@ def _ranks(site: Site, panels: dict[str, dict[str, Curve]]) -> Iterator[Row]:
     size, samples = (64, 8) if site.quick else (800, 64)
     recipe = load_recipe("efficientnet_b6_ns", [f"data.size={size}", *CHANGES, "train.batch=8"])
     root = site.scratch / "growth" / "ranks"
-    images, annotations = (
-        multiplied(source, root / source.name, samples) for source in (site.images, site.annotations)
-    )
-    store = preprocess([images], [annotations], Workspace(root), recipe)
+    store = open_store(make_store(site, root, recipe, samples), recipe.data).directory
     counts = (1, 2) if site.quick else (1, 2, 4)
     curve = {ranks: samples / epoch_seconds(store, recipe, samples, ranks) for ranks in counts}
     panels["ranks"] = {"training samples a second": curve}

@@ -7,8 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from scripts.bench.evaluate import named_seconds
-from scripts.bench.measure import Row, interleaved
+from scripts.bench.measure import Row, interleaved, named_seconds, one_thread
 from scripts.bench.site import Site, multiplied
 from stas import infer as stage
 from stas.checkpoint import save_checkpoint, take_snapshot
@@ -35,8 +34,7 @@ def measure(site: Site) -> Iterator[Row]:
     files = list_images(images)
     stems = list(files)
     todo = [stems[first : first + recipe.infer.batch] for first in range(0, count, recipe.infer.batch)]
-    read_once = stage._batches(todo, files, recipe)
-    batches = [(stems, (pixels, low, high), sizes) for stems, pixels, low, high, sizes in read_once]
+    batches = list(stage._batches(todo, files, recipe))
 
     def read() -> None:
         for _ in stage._batches(todo, files, recipe):
@@ -63,13 +61,9 @@ def measure(site: Site) -> Iterator[Row]:
         shutil.rmtree(workspace.predictions(RUN), ignore_errors=True)
         stage.infer(RUN, images, workspace)
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # or the network takes the cores of the stages beside it, which a GPU leaves alone
-    try:
-        stages = {"read, decode, resize": read, "network": forward, "resize back, encode, write": write}
+    stages = {"read, decode, resize": read, "network": forward, "resize back, encode, write": write}
+    with one_thread():  # or the network takes the cores of the stages beside it, which a GPU leaves alone
         seconds = interleaved({**stages, "infer": whole}, min(3, site.repeats))
-    finally:
-        torch.set_num_threads(threads)
     slowest = max(stages, key=lambda name: seconds[name])
     size = " x ".join(map(str, recipe.data.size))
     note = f"slowest: {slowest}; lite0 at {size} on one thread of the processor, beside it reading and writing"

@@ -4,7 +4,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -53,6 +54,22 @@ def interleaved(timed: Mapping[str, Callable[[], object]], repeats: int) -> dict
             if round_:
                 seconds[name].append(time.perf_counter() - began)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def named_seconds(seconds: Mapping[str, float]) -> dict[str, float]:
+    """For a row's detail."""
+    return {f"{name}, s": value for name, value in seconds.items()}
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute in one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def machine() -> dict[str, Any]:

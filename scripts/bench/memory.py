@@ -13,11 +13,10 @@ from pathlib import Path
 import psutil
 
 from scripts.bench.measure import Row
-from scripts.bench.site import Site, multiplied
+from scripts.bench.site import Site, make_store
 from stas.config import load_recipe
-from stas.paths import Workspace, store_data
-from stas.preprocess import preprocess
-from stas.store import Store
+from stas.paths import store_data
+from stas.store import Store, open_store
 
 MIB = 2**20
 Files = tuple[list[Path], list[Path]]  # images, masks
@@ -28,7 +27,8 @@ def measure(site: Site) -> Iterator[Row]:
     from scripts.bench.rivals import mask_files
 
     size, samples, cached, ranks = (64, 12, 2, 2) if site.quick else (800, 80, 16, 4)
-    directory = _store(site, size, samples)
+    recipe = load_recipe("efficientnet_b6_ns", [f"data.size={size}", "data.split.kind=fraction"])
+    directory = open_store(make_store(site, site.scratch / "memory", recipe, samples), recipe.data).directory
     files = [site.images / f"{stem}.jpg" for stem in site.stems], mask_files(site.annotations, site.scratch / "masks")
     files = files[0][:cached], files[1][:cached]
     one, four = (_grown(count, read_store, directory) for count in (1, ranks))
@@ -94,13 +94,3 @@ def _rank(prepare: Prepare, source: object, barrier: Barrier, results: "Queue[in
     barrier.wait()  # nobody ends, and with it its share of the pages, while others still count
     del kept
     results.put(after - before)
-
-
-def _store(site: Site, size: int, samples: int) -> Path:
-    """A store of `samples` squares of `size` pixels."""
-    made = site.scratch / "memory"
-    images, annotations = (
-        multiplied(source, made / source.name, samples) for source in (site.images, site.annotations)
-    )
-    recipe = load_recipe("efficientnet_b6_ns", [f"data.size={size}", "data.split.kind=fraction"])
-    return preprocess([images], [annotations], Workspace(made), recipe)

@@ -1,16 +1,14 @@
 """A step of AdaBelief over lists of tensors, against adabelief-pytorch's loop over each."""
 
-import contextlib
-import io
 from collections.abc import Iterator, Sequence
 
-import adabelief_pytorch
 import segmentation_models_pytorch as smp
 import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from scripts.bench.measure import Row, interleaved
+from scripts.bench import rivals
+from scripts.bench.measure import Row, interleaved, one_thread
 from scripts.bench.site import Site
 from stas.adabelief import AdaBelief
 
@@ -28,21 +26,15 @@ def measure(site: Site) -> Iterator[Row]:
 
 def _row(what: str, shapes: Sequence[Sequence[int]], target: float, site: Site) -> Row:
     ours, theirs = _parameters(shapes), _parameters(shapes)
-    options = {"lr": 1e-4, "betas": (0.9, 0.99), "eps": 1e-16, "weight_decay": 1e-4, "rectify": False}
-    one = AdaBelief(ours, **options)
-    with contextlib.redirect_stdout(io.StringIO()):
-        other = adabelief_pytorch.AdaBelief(theirs, print_change_log=False, **options)
+    one = AdaBelief(ours, lr=1e-4, betas=(0.9, 0.99), eps=1e-16, weight_decay=1e-4, rectify=False)
+    other = rivals.adabelief(theirs)
 
     def steps(optimizer: Optimizer) -> None:
         for _ in range(STEPS):
             optimizer.step()
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the calls are what is timed, and the threads of small tensors wait for each other
-    try:
+    with one_thread():  # the calls are what is timed, and the threads of small tensors wait for each other
         seconds = interleaved({"ours": lambda: steps(one), "theirs": lambda: steps(other)}, site.repeats)
-    finally:
-        torch.set_num_threads(threads)
     same = all(torch.equal(mine, its) for mine, its in zip(ours, theirs, strict=True))
     detail = {f"{name} ms": 1e3 * value / STEPS for name, value in seconds.items()}
     detail |= {"tensors": len(shapes), "elements": sum(parameter.numel() for parameter in ours)}

@@ -1,10 +1,8 @@
 """How fast a store is made: against what decoding, drawing and resizing must cost, and two processes against one."""
 
-import io
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +38,7 @@ def measure(site: Site) -> Iterator[Row]:
 
     def stage(workers: int) -> None:
         shutil.rmtree(place / "workspace", ignore_errors=True)
-        with redirect_stdout(io.StringIO()):
-            preprocess([images], [annotations], Workspace(place / "workspace"), recipe, workers=workers)
+        preprocess([images], [annotations], Workspace(place / "workspace"), recipe, workers=workers)
 
     seconds = interleaved(
         {"limit": limit, "one process": lambda: stage(1), "two processes": lambda: stage(2)}, min(3, site.repeats)

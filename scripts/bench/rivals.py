@@ -11,7 +11,7 @@ per second would be those of another recipe.
 
 import contextlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +114,10 @@ def competent_network(encoder: str, device: torch.device) -> nn.Module:
     return DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
 
 
-def adabelief(network: nn.Module) -> Optimizer:
+def adabelief(parameters: Iterable[nn.Parameter]) -> Optimizer:
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its settings whatever it is told
         return AdaBelief(
-            network.parameters(),
+            parameters,
             lr=1e-4,
             eps=1e-16,
             betas=(0.9, 0.99),

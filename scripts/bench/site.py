@@ -7,8 +7,10 @@ import numpy as np
 
 from scripts.make_sample import make_sample
 from stas.annotations import rasterise, read_labelme
+from stas.config import Recipe
 from stas.images import write_mask
-from stas.paths import prediction
+from stas.paths import Workspace, prediction
+from stas.preprocess import preprocess
 
 SCALE = 2.0  # 1716 x 942 pixels, the contest's size, in five of eight images
 OFF_BY = (0, 12, -12)  # pixels that each member's mask is moved by: members that agree mostly
@@ -58,6 +60,13 @@ def make_site(scratch: Path, out: Path, quick: bool = False) -> Site:
         for member, pixels in zip(site.members, OFF_BY, strict=True):
             write_mask(prediction(member, stem), np.roll(mask, pixels, (0, 1)))
     return site
+
+
+def make_store(site: Site, root: Path, recipe: Recipe, count: int) -> Workspace:
+    """A workspace at `root` whose store for `recipe` holds `count` samples (see `multiplied`)."""
+    images, annotations = (multiplied(source, root / source.name, count) for source in (site.images, site.annotations))
+    preprocess([images], [annotations], Workspace(root), recipe)
+    return Workspace(root)
 
 
 def multiplied(directory: Path, target: Path, count: int) -> Path:

@@ -8,17 +8,16 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from scripts.bench.measure import Row
-from scripts.bench.site import Site, multiplied
+from scripts.bench.measure import Row, interleaved
+from scripts.bench.site import Site, make_store
 from stas.config import load_recipe
 from stas.paths import Workspace
-from stas.preprocess import preprocess
 from stas.train import train
 
 LARGE = ("efficientnet_b6_ns", "efficientnetv2_m", "eca_nfnet_l2")
@@ -37,10 +36,7 @@ def measure(site: Site) -> Iterator[Row]:
     ]
     workspace = site.scratch / "start"
     count = 4 if site.quick else 40
-    images, annotations = (
-        multiplied(source, workspace / source.name, count) for source in (site.images, site.annotations)
-    )
-    preprocess([images], [annotations], Workspace(workspace), load_recipe(names[0], changes))
+    make_store(site, workspace, load_recipe(names[0], changes), count)
     for name in names:
         yield _first_step(site, name, workspace, changes)
 
@@ -48,20 +44,19 @@ def measure(site: Site) -> Iterator[Row]:
 def _help(site: Site) -> Row:
     """`stas --help` in a new process, and an empty program to compare."""
     empty = (sys.executable, "-c", "pass")
-    taken = {"help": [], "python": []}
-    for _ in range(2 * site.repeats + 1):
-        for what, command in (("help", HELP), ("python", empty)):
-            began = time.perf_counter()
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            taken[what].append(time.perf_counter() - began)
+    seconds = interleaved({"help": lambda: _silent(HELP), "python": lambda: _silent(empty)}, 2 * site.repeats)
     return Row(
         "stas --help",
-        value=statistics.median(taken["help"]),
+        value=seconds["help"],
         target=0.3,
         at_least=False,
         unit="s",
-        detail={"an empty Python program, s": statistics.median(taken["python"])},
+        detail={"an empty Python program, s": seconds["python"]},
     )
+
+
+def _silent(command: Sequence[str]) -> None:
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def _first_step(site: Site, name: str, workspace: Path, changes: list[str]) -> Row:

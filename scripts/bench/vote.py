@@ -2,8 +2,6 @@
 
 import shutil
 from collections.abc import Iterator
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +28,7 @@ def measure(site: Site) -> Iterator[Row]:
 
     def stage(workers: int) -> None:
         shutil.rmtree(out, ignore_errors=True)
-        with redirect_stdout(StringIO()):
-            vote(members, out, workers=workers)
+        vote(members, out, workers=workers)
 
     seconds = interleaved(
         {
