@@ -19,6 +19,7 @@ from stas.errors import (
 )
 from stas.files import disk_trouble
 from stas.paths import Workspace, default_workspace, status_file
+from stas.resources import keep_freed_memory
 
 EPILOG = (
     "Exit codes: 0 done, 1 failed, 2 wrong option or recipe, 3 bad input data, "
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logging.getLogger("stas").setLevel(logging.INFO)
+    keep_freed_memory()
     if status := status_file():
         status.touch()  # the launcher will miss a code there if this process dies
     code = _run(options)

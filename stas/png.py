@@ -1,4 +1,4 @@
-"""PNG of the plainest kind, 8-bit grey without filters, in half the time that Pillow takes.
+"""PNG of the plainest kind, 8-bit grey without filters, in a tenth of the time that Pillow takes.
 
 Pillow tries every filter on each row of pixels, which gains nothing on a mask: it is long runs of 0 and 255.
 """
@@ -9,20 +9,23 @@ import zlib
 import numpy as np
 from numpy.typing import NDArray
 
+from stas.deflate import pack, unpack
+
 _HEADER = struct.Struct(">IIBBBBB")
 _PLAIN = [8, 0, 0, 0, 0]  # after width and height: bits, grey, the only compression and kind of filters, no interlacing
 
 
-def encode_grey(image: NDArray[np.uint8]) -> bytes:
-    """An image, (height, width), as 8-bit grey PNG."""
-    height, width = image.shape
-    rows = np.zeros((height, width + 1), np.uint8)  # a row's first byte is its filter: none
-    rows[:, 1:] = image
-    return _file(_HEADER.pack(width, height, *_PLAIN), zlib.compress(rows.data, 1))
+def encode_mask(mask: NDArray[np.bool_]) -> bytes:
+    """A mask, (height, width), as 8-bit grey PNG of 0 and 255."""
+    height, width = mask.shape
+    rows = np.empty((height, width + 1), np.uint8)
+    rows[:, 0] = 0  # a row's first byte is its filter: none
+    np.multiply(mask.view(np.uint8), np.uint8(255), out=rows[:, 1:])
+    return _file(_HEADER.pack(width, height, *_PLAIN), pack(rows))
 
 
 def decode_grey(data: bytes, most: int, side: int) -> NDArray[np.uint8] | None:
-    """The image of a whole and sound PNG as `encode_grey` makes it, (height, width), not writable.
+    """The image of a whole and sound PNG as `encode_mask` makes it, (height, width), not writable.
 
     None for all others, and for one of more than `most` pixels or with a longer `side`: Pillow says what it is.
     """
@@ -35,13 +38,8 @@ def decode_grey(data: bytes, most: int, side: int) -> NDArray[np.uint8] | None:
     length = height * (width + 1)
     if len(compressed) > 2 * length + 64 or data != _file(header, compressed):  # which compares the checksums, too
         return None
-    inflate = zlib.decompressobj()
-    try:
-        pixels = inflate.decompress(compressed, length + 1)  # a kilobyte can stand for a megabyte
-    except zlib.error:
-        return None
-    rows = np.frombuffer(pixels, np.uint8)
-    if len(rows) != length or not inflate.eof or rows[:: width + 1].any():
+    rows = unpack(compressed, length)
+    if rows is None or rows[:: width + 1].any():
         return None
     return rows.reshape(height, width + 1)[:, 1:]
 

@@ -117,11 +117,14 @@ def read_member_mask(path: Path, threshold: float | None = None) -> tuple[NDArra
     values = read_grey(path)
     if threshold is not None:
         return values > threshold, False
-    mask = values > 0
-    highest = values.max(initial=0)
-    top = 65535 if values.dtype == np.uint16 else 255
-    graded = highest not in (0, 1, top) or np.count_nonzero(values == highest) != np.count_nonzero(mask)
-    return mask, bool(highest and graded)
+    return values > 0, _is_graded(values)
+
+
+def _is_graded(values: NDArray[np.uint8] | NDArray[np.uint16]) -> bool:
+    signed = values.view(np.int8 if values.dtype == np.uint8 else np.int16)  # where the highest value is -1
+    if signed.min(initial=0) >= -1 and signed.max(initial=0) <= 0:
+        return False
+    return bool(values.max(initial=0) > 1)
 
 
 def log_graded(name: str, graded: int, total: int) -> None:

@@ -1,16 +1,11 @@
 """preprocess: images and annotations become one store, which training reads."""
 
 import logging
-import multiprocessing
-import signal
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,10 +25,9 @@ from stas.resources import cores
 from stas.split import split_samples
 from stas.store import Skipped, Store, point_to, points_to
 from stas.store_writer import Record, Source, build_store, make_record
+from stas.workers import records
 
 log = logging.getLogger(__name__)
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -122,34 +116,6 @@ def make_sample(task: Task) -> Record | Skipped:
     return make_record(source, image, mask, task.size)
 
 
-def ordered_map(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[Result]:
-    """Map over processes, in order, with at most two results a worker in flight, so that memory stays flat.
-
-    One worker means this process.
-    """
-    if workers == 1:
-        yield from map(function, items)
-        return
-    # Not fork: the caller may have threads. The server imports this module once for all workers.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(workers, context, initializer=_ignore_interrupt)
-    waiting: deque[Future[Result]] = deque()
-    try:
-        for item in items:
-            if len(waiting) == 2 * workers:
-                yield waiting.popleft().result()
-            waiting.append(pool.submit(function, item))
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise InputDataError(
-            "a worker process was killed, most likely for want of memory: give fewer with --workers"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def _is_settled(pointer: Path, directory: Path) -> bool:
     """Whether the store is there and pointed to, and nobody is at work on it or was killed at it."""
     beside = [path for made in (pointer, directory) for path in made.parent.glob(f".{made.name}.*")]
@@ -169,8 +135,8 @@ def _build(
     tasks = [Task(pair, data.label, data.size) for pair in pairs]
     with build_store(directory, data.label, data.size) as writer:
         writer.skipped += bad
-        results = ordered_map(make_sample, tasks, max(1, min(workers, len(tasks))))
-        for result in bar(results, len(tasks), "preprocess"):
+        made = records(make_sample, tasks, data.size, max(1, min(workers, len(tasks))))
+        for result in bar(made, len(tasks), "preprocess"):
             if not isinstance(result, Record):
                 writer.skipped.append(result)
             elif skip_bad or not writer.skipped:  # else the store will not come to be
@@ -183,11 +149,6 @@ def _build(
             _check_label([pair.annotation for pair in pairs], data.label)
         if held:
             held.check()
-
-
-def _ignore_interrupt() -> None:
-    """Leave Ctrl-C to the parent, which stops the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _image_source(pair: Pair, annotation: Annotation | None) -> Path | bytes:

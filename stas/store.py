@@ -14,7 +14,6 @@ import os
 import shutil
 import tempfile
 import threading
-import zlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +24,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from typing_extensions import TypedDict  # which pydantic can validate before Python 3.12
 
 from stas.config import Data
+from stas.deflate import unpack
 from stas.errors import InputDataError, UsageError
 from stas.files import atomic_write, read_json, remove_leftovers, write_json
 from stas.filesystems import on_network
@@ -114,14 +114,23 @@ def area_resize(
     starts = (left[:, None] * channels + np.arange(channels)).ravel()
     counts = np.repeat(wide, channels)
     flat = array.reshape(array.shape[0], -1)
-    result = np.empty((size[0], len(starts)), np.float32 if scale is None else np.uint8)
-    for first in range(0, size[0], ROWS_AT_ONCE):
+    narrow: NDArray = np.empty((array.shape[0], len(starts)), kind)
+    for first in range(0, array.shape[0], ROWS_AT_ONCE):
         block = slice(first, first + ROWS_AT_ONCE)
-        rows = _sum_rows(flat, top[block], tall[block], kind)
-        sums = _sum_columns(rows, starts, counts, channels)
-        areas = np.multiply.outer(tall[block].astype(np.float32), counts.astype(np.float32))
-        means = np.divide(sums, areas, dtype=np.float32)
-        result[block] = means if scale is None else np.rint(means * np.float32(scale))
+        _sum_columns(flat[block].astype(kind), starts, counts, channels, narrow[block])
+    result = np.empty((size[0], len(starts)), np.float32 if scale is None else np.uint8)
+    for count in np.unique(tall):
+        areas = (count * counts).astype(np.float32)
+        rows = np.flatnonzero(tall == count)
+        for block in np.split(rows, range(ROWS_AT_ONCE, len(rows), ROWS_AT_ONCE)):
+            sums = narrow.take(top[block], 0)
+            for further in range(1, count):
+                sums += narrow.take(top[block] + further, 0)
+            means = np.divide(sums, areas, dtype=np.float32)
+            if scale is not None:
+                means *= np.float32(scale)
+                np.rint(means, out=means)
+            result[block] = means
     return result.reshape(*size, *array.shape[2:])
 
 
@@ -175,14 +184,8 @@ class Store:
         """The mask at the image's own size: (height, width), bool, writable."""
         sample = self.samples[index]
         shape = sample["height"], sample["width"]
-        expected = -(-shape[0] * shape[1] // 8)
-        inflate = zlib.decompressobj()
-        try:
-            # One byte more than there should be: a kilobyte can stand for a megabyte of zeros.
-            packed = np.frombuffer(inflate.decompress(self._read(index, "full").tobytes(), expected + 1), np.uint8)
-        except zlib.error:
-            packed = np.empty(0, np.uint8)
-        if len(packed) != expected:
+        packed = unpack(self._read(index, "full"), -(-shape[0] * shape[1] // 8))
+        if packed is None:
             raise InputDataError(
                 f"{self.directory}: the full mask of sample {sample['stem']} is damaged: {_MAKE_AGAIN}"
             )
@@ -195,7 +198,7 @@ class Store:
             InputDataError: names the first damaged sample.
         """
         for index, sample in enumerate(self.samples):
-            parts = [self._read(index, part).tobytes() for part in ("image", "mask", "full")]
+            parts = [self._read(index, part) for part in ("image", "mask", "full")]
             if digest(*parts) != sample["sha256"]:
                 raise InputDataError(f"{self.directory}: sample {sample['stem']} is damaged: {_MAKE_AGAIN}")
 
@@ -346,10 +349,10 @@ def record_key(index: int, part: str) -> bytes:
     return f"{index:08d}/{part}".encode()
 
 
-def digest(*parts: bytes) -> str:
+def digest(*parts: bytes | NDArray[np.uint8]) -> str:
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(part)
+        digest.update(part if isinstance(part, bytes) else part.data)
     return digest.hexdigest()
 
 
@@ -364,35 +367,29 @@ def _sum_type(kind: np.dtype, count: int) -> type[np.generic]:
     """The narrowest type in which `count` values of type `kind` are added exactly."""
     if kind not in (np.uint8, np.bool_):
         return np.float64
-    return np.uint16 if count * 255 <= 65535 else np.uint32
+    most = count * (255 if kind == np.uint8 else 1)
+    return np.uint8 if most <= 255 else np.uint16 if most <= 65535 else np.uint32
 
 
-def _sum_rows(array: NDArray, starts: NDArray[np.intp], counts: NDArray[np.intp], kind: type[np.generic]) -> NDArray:
-    """Sum `counts[i]` rows of a 2-D array from row `starts[i]` on."""
-    total = array.take(starts, 0).astype(kind, copy=False)
-    for further in range(1, int(counts.max())):
-        longer = np.flatnonzero(counts > further)
-        if len(longer) == len(starts):
-            total += array.take(starts + further, 0)
-        else:
-            total[longer] += array.take(starts[longer] + further, 0)
-    return total
+def _sum_columns(
+    array: NDArray, starts: NDArray[np.intp], counts: NDArray[np.intp], channels: int, out: NDArray
+) -> None:
+    """Sum `counts[i]` entries of each row of a 2-D array, from `starts[i]` on in steps of `channels`, into `out`.
 
-
-def _sum_columns(array: NDArray, starts: NDArray[np.intp], counts: NDArray[np.intp], channels: int) -> NDArray:
-    """Sum `counts[i]` entries of each row of a 2-D array, from `starts[i]` on in steps of `channels`.
-
-    Single entries are slow to fetch, so all runs of the smaller count are summed first, then those needed fetched once.
+    Single entries are slow to fetch, so runs from every entry on are summed, of both counts that there are, and each of
+    the wanted is fetched once.
     """
-    shorter = int(counts.min())
-    length = array.shape[1] - (shorter - 1) * channels
-    runs = array[:, :length].copy()
-    for further in range(1, shorter):
-        runs += array[:, further * channels :][:, :length]
-    total = runs.take(starts, 1)
-    longer = np.flatnonzero(counts > shorter)  # by one
-    total[:, longer] += array.take(starts[longer] + shorter * channels, 1)
-    return total
+    shorter = int(counts.min())  # others are longer by one
+    length = array.shape[1]
+    runs = np.empty((len(array), 2, length), array.dtype)  # an entry without enough neighbours is never fetched
+    short, long = runs[:, 0], runs[:, 1]
+    short[...] = array
+    for step in range(channels, shorter * channels, channels):
+        short[:, :-step] += array[:, step:]
+    step = shorter * channels
+    np.add(short[:, :-step], array[:, step:], out=long[:, :-step])
+    places = np.where(counts > shorter, starts + length, starts)
+    runs.reshape(len(array), -1).take(places, 1, out=out, mode="clip")  # the other modes take a copy of `out`
 
 
 def local_disk() -> Path:

@@ -6,7 +6,6 @@ import os
 import shutil
 import time
 import uuid
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
+from stas.deflate import pack
 from stas.files import sync_directory, write_json
 from stas.filesystems import on_network
 from stas.paths import manifest, store_data
@@ -42,8 +42,8 @@ class Record:
     """A sample ready to be stored."""
 
     sample: Sample
-    image: bytes
-    mask: bytes
+    image: NDArray[np.uint8]
+    mask: NDArray[np.uint8]
     full_mask: bytes
 
 
@@ -58,9 +58,9 @@ def make_record(source: Source, image: NDArray[np.uint8], mask: NDArray[np.bool_
     """
     assert image.shape[:2] == mask.shape
     # MONAI scales to [0, 1] before it resizes; both are affine in the pixels, so raw bytes can be stored.
-    small = area_resize(image, size, scale=1).tobytes()
-    small_mask = area_resize(mask, size, scale=255).tobytes()
-    full = zlib.compress(np.packbits(mask).tobytes(), 1)
+    small = area_resize(image, size, scale=1)
+    small_mask = area_resize(mask, size, scale=255)
+    full = pack(np.packbits(mask))
     sample = Sample(
         stem=source["stem"],
         sha256=digest(small, small_mask, full),

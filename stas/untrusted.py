@@ -48,10 +48,12 @@ def read_bounded(path: Path, most: int) -> bytes:
     Raises:
         InputDataError: as `check_file`, or not readable.
     """
-    check_file(path, most)
+    size = check_file(path, most)
     try:
         with open(path, "rb") as file:
-            content = file.read(most + 1)  # it may grow after it was looked at
+            content = file.read(size + 1)
+            if len(content) > size:  # it has grown since it was looked at
+                content += file.read(most + 1 - len(content))
     except OSError as error:
         raise InputDataError(f"{path}: not readable ({error}): look at its permissions and its disk") from error
     if len(content) > most:

@@ -106,8 +106,11 @@ def majority(
     """
     votes = votes or [1] * len(masks)
     if len(masks) == 3 and len(set(votes)) == 1:
-        a, b, c = masks
-        return (a & b) | (c & (a | b))  # forty times as fast as counting
+        a, b, c = masks  # forty times as fast as counting
+        by_two, by_third = a & b, a | b
+        by_third &= c
+        by_two |= by_third
+        return by_two
     total = sum(votes)
     counted = np.zeros(masks[0].shape, np.min_scalar_type(2 * total))
     for mask, count in zip(masks, votes, strict=True):

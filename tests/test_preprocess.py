@@ -14,7 +14,7 @@ from stas.config import Recipe, load_recipe
 from stas.errors import InputDataError, UsageError
 from stas.images import read_grey, read_image, write_mask
 from stas.paths import Workspace, manifest, store_data
-from stas.preprocess import ordered_map, preprocess
+from stas.preprocess import preprocess
 from stas.store import Store, area_resize, open_store
 
 HEIGHT, WIDTH = 40, 60
@@ -455,35 +455,6 @@ def test_an_interrupt_leaves_nothing(cases, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         cases.run()
     assert list(cases.workspace.stores.iterdir()) == []
-
-
-def _square(number: int) -> int:
-    return number * number
-
-
-def _die(number: int) -> int:
-    os._exit(number)
-
-
-def test_ordered_map_over_processes():
-    assert list(ordered_map(_square, range(20), 2)) == [number**2 for number in range(20)]
-    with pytest.raises(InputDataError, match=r"a worker process was killed.*--workers"):
-        list(ordered_map(_die, [1, 1], 2))
-
-
-def test_ordered_map_takes_no_more_than_it_needs():
-    taken = []
-
-    class Watched(list):
-        def __iter__(self):
-            for item in super().__iter__():
-                taken.append(item)
-                yield item
-
-    results = ordered_map(_square, Watched(range(100)), 2)
-    next(results)
-    assert len(taken) <= 5
-    results.close()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_workers_do_not_import_torch():

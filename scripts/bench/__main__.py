@@ -16,6 +16,7 @@ from scripts.bench.measure import Row, machine
 from scripts.bench.report import figure, markdown
 from scripts.bench.site import Site, make_site
 from stas.files import write_json, write_text
+from stas.resources import keep_freed_memory
 
 # Each is a module here with a function `measure(site) -> Iterator[Row]`.
 PARTS = ("data", "preprocess", "infer", "vote", "evaluate", "optimizer", "memory", "start", "growth")
@@ -29,6 +30,7 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"{', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
+    keep_freed_memory()  # as each command does
     rows: list[Row] = []
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="stas-bench-") as scratch:

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-import torch
-
 from stas.resources import GIB, cores
 
 
@@ -64,6 +62,8 @@ def named_seconds(seconds: Mapping[str, float]) -> dict[str, float]:
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Let torch compute in one thread."""
+    import torch  # as in `machine`
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -74,6 +74,8 @@ def one_thread() -> Iterator[None]:
 
 def machine() -> dict[str, Any]:
     """What the figures depend on."""
+    import torch  # not above: each worker process of preprocess imports the main module and so this one
+
     names = ("adabelief-pytorch", "lmdb", "monai", "numpy", "pillow", "segmentation-models-pytorch", "timm", "torch")
     return {
         "processor": _processor(),

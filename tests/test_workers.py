@@ -1,0 +1,56 @@
+import os
+
+import numpy as np
+import pytest
+
+from stas.errors import InputDataError
+from stas.store import Sample, Skipped
+from stas.store_writer import Record, Source, make_record
+from stas.workers import records
+
+SIZE = (4, 6)
+
+
+def make(number: int) -> Record | Skipped:
+    if number % 5 == 4:
+        return Skipped(file=f"{number}.json", reason="bad", remedy="none")
+    names = Source(stem=str(number), image="", image_sha256="", annotation="", annotation_sha256="")
+    image = np.full((8, 12, 3), number, np.uint8)
+    return make_record(names, image, image[..., 0] % 2 == 1, SIZE)
+
+
+def die(number: int) -> Record | Skipped:
+    os._exit(number)
+
+
+def described(made: Record | Skipped) -> tuple[Sample, bytes, bytes, bytes] | Skipped:
+    if not isinstance(made, Record):
+        return made
+    assert made.image.shape == (*SIZE, 3) and made.mask.shape == SIZE
+    return made.sample, made.image.tobytes(), made.mask.tobytes(), made.full_mask
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_records_come_in_order_and_as_they_were_made(workers):
+    numbers = range(40)  # more than there are places in shared memory
+    assert [described(made) for made in records(make, numbers, SIZE, workers)] == [described(make(i)) for i in numbers]
+
+
+def test_a_killed_worker_is_explained():
+    with pytest.raises(InputDataError, match=r"a worker process was killed.*--workers"):
+        list(records(die, [1, 1], SIZE, 2))
+
+
+def test_no_more_is_taken_than_is_needed():
+    taken = []
+
+    class Watched(list):
+        def __iter__(self):
+            for item in super().__iter__():
+                taken.append(item)
+                yield item
+
+    made = records(make, Watched(range(100)), SIZE, 2)
+    next(made)
+    assert len(taken) <= 5
+    made.close()  # pyright: ignore[reportAttributeAccessIssue]
