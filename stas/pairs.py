@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from stas.annotations import MAX_FILE_BYTES, Annotation, find_image, read_labelme
@@ -16,8 +17,10 @@ from stas.resources import cores
 from stas.store import FORMAT, Skipped
 from stas.untrusted import check_file, shown
 
+AT_ONCE = 1000  # files handed to threads: what waits for its turn takes 2 KiB
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Pair:
     """An annotation (LabelMe JSON or mask PNG) and its image; None for one that is embedded in the JSON."""
 
@@ -59,7 +62,10 @@ def find_pairs(images: Sequence[Path], annotations: Sequence[Path]) -> tuple[lis
             return skipped(annotation_files[stem], error)
 
     with ThreadPoolExecutor(min(8, cores())) as threads:  # reading and hashing, for which Python's lock is released
-        found = list(bar(threads.map(resolve, annotation_files), len(annotation_files), "hash"))
+        stems = list(annotation_files)
+        blocks = (stems[first : first + AT_ONCE] for first in range(0, len(stems), AT_ONCE))
+        results = chain.from_iterable(threads.map(resolve, block) for block in blocks)
+        found = list(bar(results, len(stems), "hash"))
     pairs, twice = _one_annotation_each([pair for pair in found if isinstance(pair, Pair)])
     bad = [*double.values(), *(entry for entry in found if not isinstance(entry, Pair)), *twice]
     used = {_resolved(pair.image) for pair in pairs if pair.image}

@@ -30,7 +30,7 @@ from stas.workers import records
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Task:
     """What a worker needs to make one sample."""
 
@@ -82,6 +82,7 @@ def preprocess(
             _check_skipped(Store(directory).skipped, skip_bad)
         else:
             _build(directory, pairs, bad, data, skip_bad, workers or cores(), held)
+        del pairs  # of a large data set they take as much memory as its manifest, which is read now
         store = Store(directory)
         point_to(workspace, store)
     if masks is not None:

@@ -24,6 +24,7 @@ from stas.store import FORMAT, Sample, Skipped, area_resize, copy_file, digest, 
 
 log = logging.getLogger(__name__)
 
+MAP_STEP = 64 << 20  # by which the map grows; a new map lets go of the old one's pages, which count as memory in use
 ABANDONED = 24 * 3600  # seconds after which a half-built store is taken for that of a killed process
 
 
@@ -86,7 +87,7 @@ class StoreWriter:
         self._file = file
         with _disk_errors(file):
             # Nobody else knows the file yet, so neither locks nor a sync for each record are needed.
-            self._env = lmdb.open(str(file), map_size=64 << 20, subdir=False, lock=False, sync=False, mode=0o644)
+            self._env = lmdb.open(str(file), map_size=MAP_STEP, subdir=False, lock=False, sync=False, mode=0o644)
 
     def add(self, record: Record) -> None:
         """Store one sample; its position is the number of samples before it."""
@@ -98,7 +99,7 @@ class StoreWriter:
                         transaction.put(record_key(len(self.samples), part), data)
                 break
             except lmdb.MapFullError:
-                self._env.set_mapsize(self._env.info()["map_size"] * 2)
+                self._env.set_mapsize(self._env.info()["map_size"] + MAP_STEP)
         self.samples.append(record.sample)
 
     def sync(self) -> None:
