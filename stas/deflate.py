@@ -1,4 +1,8 @@
-"""Streams in zlib's format, packed and unpacked by ISA-L, which is several times as fast as zlib."""
+"""Streams in zlib's format, packed and unpacked by ISA-L, which is several times as fast as zlib.
+
+The same bytes may be packed otherwise on another kind of processor. So masks of the same pixels may differ as files,
+and a vote on them, or a store made of them, is not known as one that is there already.
+"""
 
 import numpy as np
 from isal import isal_zlib
@@ -6,7 +10,7 @@ from numpy.typing import NDArray
 
 
 def pack(data: NDArray[np.uint8]) -> bytes:
-    """The bytes of an array as a stream; which one may differ between processors, what it holds does not."""
+    """The bytes of an array as a stream."""
     return isal_zlib.compress(data.data, 1)
 
 
@@ -20,4 +24,5 @@ def unpack(stream: bytes | NDArray[np.uint8], length: int) -> NDArray[np.uint8] 
         content = inflate.decompress(stream, length + 1)
     except isal_zlib.error:  # pyright: ignore[reportGeneralTypeIssues] (its stubs take the class for an instance)
         return None
-    return np.frombuffer(content, np.uint8) if len(content) == length and inflate.eof else None
+    whole = len(content) == length and inflate.eof and not inflate.unused_data
+    return np.frombuffer(content, np.uint8) if whole else None

@@ -121,7 +121,8 @@ def read_member_mask(path: Path, threshold: float | None = None) -> tuple[NDArra
 
 
 def _is_graded(values: NDArray[np.uint8] | NDArray[np.uint16]) -> bool:
-    signed = values.view(np.int8 if values.dtype == np.uint8 else np.int16)  # where the highest value is -1
+    """Whether there are other values than 0 and 1, or than 0 and the highest of the type."""
+    signed = values.view(np.int8 if values.dtype == np.uint8 else np.int16)  # in which the highest is -1
     if signed.min(initial=0) >= -1 and signed.max(initial=0) <= 0:
         return False
     return bool(values.max(initial=0) > 1)

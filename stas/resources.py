@@ -1,4 +1,6 @@
-"""What this process, its node and its GPUs use right now. A reading that cannot be had is left out."""
+"""What this process, its node and its GPUs use right now, and what of it is kept. A reading that cannot be had is
+left out.
+"""
 
 import ctypes
 import math
@@ -38,7 +40,7 @@ def cores(membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/
 
 
 def keep_freed_memory() -> None:
-    """Have malloc keep up to 128 MiB that were freed, for the next image.
+    """Have malloc keep what was freed for the next image, up to 128 MiB in the arena of each thread.
 
     Without this, each image's arrays are given back to the system, and come again page by page, which takes as long as
     the work on them. Does nothing where the C library is not glibc.

@@ -114,18 +114,15 @@ def area_resize(
     starts = (left[:, None] * channels + np.arange(channels)).ravel()
     counts = np.repeat(wide, channels)
     flat = array.reshape(array.shape[0], -1)
-    narrow: NDArray = np.empty((array.shape[0], len(starts)), kind)
-    for first in range(0, array.shape[0], ROWS_AT_ONCE):
-        block = slice(first, first + ROWS_AT_ONCE)
-        _sum_columns(flat[block].astype(kind), starts, counts, channels, narrow[block])
     result = np.empty((size[0], len(starts)), np.float32 if scale is None else np.uint8)
     for count in np.unique(tall):
         areas = (count * counts).astype(np.float32)
         rows = np.flatnonzero(tall == count)
         for block in np.split(rows, range(ROWS_AT_ONCE, len(rows), ROWS_AT_ONCE)):
-            sums = narrow.take(top[block], 0)
+            sums: NDArray = flat.take(top[block], 0).astype(kind)
             for further in range(1, count):
-                sums += narrow.take(top[block] + further, 0)
+                sums += flat.take(top[block] + further, 0)
+            sums = _sum_columns(sums, starts, counts, channels)
             means = np.divide(sums, areas, dtype=np.float32)
             if scale is not None:
                 means *= np.float32(scale)
@@ -368,13 +365,11 @@ def _sum_type(kind: np.dtype, count: int) -> type[np.generic]:
     if kind not in (np.uint8, np.bool_):
         return np.float64
     most = count * (255 if kind == np.uint8 else 1)
-    return np.uint8 if most <= 255 else np.uint16 if most <= 65535 else np.uint32
+    return next(sums for sums in (np.uint8, np.uint16, np.uint32, np.uint64) if most <= np.iinfo(sums).max)
 
 
-def _sum_columns(
-    array: NDArray, starts: NDArray[np.intp], counts: NDArray[np.intp], channels: int, out: NDArray
-) -> None:
-    """Sum `counts[i]` entries of each row of a 2-D array, from `starts[i]` on in steps of `channels`, into `out`.
+def _sum_columns(array: NDArray, starts: NDArray[np.intp], counts: NDArray[np.intp], channels: int) -> NDArray:
+    """Sum `counts[i]` entries of each row of a 2-D array, from `starts[i]` on in steps of `channels`.
 
     Single entries are slow to fetch, so runs from every entry on are summed, of both counts that there are, and each of
     the wanted is fetched once.
@@ -389,7 +384,7 @@ def _sum_columns(
     step = shorter * channels
     np.add(short[:, :-step], array[:, step:], out=long[:, :-step])
     places = np.where(counts > shorter, starts + length, starts)
-    runs.reshape(len(array), -1).take(places, 1, out=out, mode="clip")  # the other modes take a copy of `out`
+    return runs.reshape(len(array), -1).take(places, 1)
 
 
 def local_disk() -> Path:

@@ -43,9 +43,9 @@ class Record:
     """A sample ready to be stored."""
 
     sample: Sample
-    image: NDArray[np.uint8]
-    mask: NDArray[np.uint8]
-    full_mask: bytes
+    image: NDArray[np.uint8]  # RGB, (H, W, 3)
+    mask: NDArray[np.uint8]  # (H, W), the covered share of each pixel times 255
+    full_mask: bytes  # one bit a pixel of the original, packed
 
 
 def make_record(source: Source, image: NDArray[np.uint8], mask: NDArray[np.bool_], size: tuple[int, int]) -> Record:
@@ -91,7 +91,7 @@ class StoreWriter:
 
     def add(self, record: Record) -> None:
         """Store one sample; its position is the number of samples before it."""
-        parts = {"image": record.image, "mask": record.mask, "full": record.full_mask}
+        parts = {"image": record.image.data.cast("B"), "mask": record.mask.data.cast("B"), "full": record.full_mask}
         while True:
             try:
                 with _disk_errors(self._file), self._env.begin(write=True) as transaction:
@@ -99,7 +99,7 @@ class StoreWriter:
                         transaction.put(record_key(len(self.samples), part), data)
                 break
             except lmdb.MapFullError:
-                self._env.set_mapsize(self._env.info()["map_size"] + MAP_STEP)
+                self._env.set_mapsize(self._env.info()["map_size"] + MAP_STEP + sum(map(len, parts.values())))
         self.samples.append(record.sample)
 
     def sync(self) -> None:

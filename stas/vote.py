@@ -105,8 +105,8 @@ def majority(
         (height, width), bool.
     """
     votes = votes or [1] * len(masks)
-    if len(masks) == 3 and len(set(votes)) == 1:
-        a, b, c = masks  # forty times as fast as counting
+    if len(masks) == 3 and len(set(votes)) == 1:  # many times as fast as counting
+        a, b, c = masks
         by_two, by_third = a & b, a | b
         by_third &= c
         by_two |= by_third

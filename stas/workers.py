@@ -1,24 +1,27 @@
 """Samples made in several processes. Their pixels come back in shared memory: through a pipe, they take 5 ms each."""
 
 import multiprocessing
+import shutil
 import signal
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from ctypes import Array
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stas.errors import InputDataError
+from stas.errors import InputDataError, UsageError
 from stas.resources import keep_freed_memory
 from stas.store import Sample, Skipped
 from stas.store_writer import Record
 
 Item = TypeVar("Item")
-Pixels = tuple[NDArray[np.uint8], NDArray[np.uint8]]  # image (height, width, 3) and mask (height, width)
+Place = tuple[NDArray[np.uint8], NDArray[np.uint8]]  # of an image (height, width, 3) and its mask (height, width)
 
 
 def records(
@@ -37,6 +40,7 @@ def records(
 
     Raises:
         InputDataError: a worker was killed.
+        UsageError: too little shared memory for so many workers.
     """
     if workers == 1:
         yield from map(make, items)
@@ -44,22 +48,23 @@ def records(
     # Not fork: the caller may have threads. The server imports the module once for all workers.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([make.__module__])
-    places = 2 * workers
-    shared = context.RawArray("B", places * size[0] * size[1] * 4)
-    pixels = _pixels(shared, size)
+    count = min(2 * workers, len(items))
+    _check_room(count * size[0] * size[1] * 4, workers)
+    shared = context.RawArray("B", count * size[0] * size[1] * 4)
+    places = _places(shared, size)
     pool = ProcessPoolExecutor(workers, context, initializer=_prepare, initargs=(shared, size))
     waiting: deque[tuple[int, Future[tuple[Sample, bytes] | Skipped]]] = deque()
 
     def first() -> Record | Skipped:
         place, future = waiting.popleft()
         made = future.result()
-        return Record(made[0], *pixels[place], made[1]) if isinstance(made, tuple) else made
+        return Record(made[0], *places[place], made[1]) if isinstance(made, tuple) else made
 
     try:
         for index, item in enumerate(items):
-            if len(waiting) == places:
+            if len(waiting) == count:
                 yield first()
-            place = index % places
+            place = index % count
             waiting.append((place, pool.submit(_make, make, item, place)))
         while waiting:
             yield first()
@@ -71,20 +76,29 @@ def records(
         pool.shutdown(cancel_futures=True)
 
 
-def _pixels(shared: "Array[Any]", size: tuple[int, int]) -> list[Pixels]:
-    """The places for samples' pixels in shared memory."""
+def _check_room(needed: int, workers: int) -> None:
+    """Refuse what would end this process by a signal: multiprocessing takes files in one of these for shared memory."""
+    room = [shutil.disk_usage(path).free for path in ("/dev/shm", tempfile.gettempdir()) if Path(path).is_dir()]
+    if max(room) < needed:
+        raise UsageError(
+            f"{workers} workers need {needed / 2**20:.0f} MiB in /dev/shm or {tempfile.gettempdir()}, where "
+            f"{max(room) / 2**20:.0f} are free: give fewer with --workers, or more room with TMPDIR"
+        )
+
+
+def _places(shared: "Array[Any]", size: tuple[int, int]) -> list[Place]:
     image, mask = size[0] * size[1] * 3, size[0] * size[1]
-    places = np.frombuffer(memoryview(shared), np.uint8).reshape(-1, image + mask)
-    return [(place[:image].reshape(*size, 3), place[image:].reshape(size)) for place in places]
+    rows = np.frombuffer(memoryview(shared), np.uint8).reshape(-1, image + mask)
+    return [(row[:image].reshape(*size, 3), row[image:].reshape(size)) for row in rows]
 
 
-_own: list[Pixels] = []  # of a worker process: the places it may write to
+_own: list[Place] = []  # of a worker process: the places it may write to
 
 
 def _prepare(shared: "Array[Any]", size: tuple[int, int]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers
     keep_freed_memory()
-    _own[:] = _pixels(shared, size)
+    _own[:] = _places(shared, size)
 
 
 def _make(make: Callable[[Item], Record | Skipped], item: Item, place: int) -> tuple[Sample, bytes] | Skipped:

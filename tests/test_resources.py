@@ -1,6 +1,7 @@
 """Readings of memory and GPUs."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -164,3 +165,18 @@ def test_cores_are_those_of_the_container(tmp_path, monkeypatch, files, expected
     membership = tmp_path / "membership"
     membership.write_text("3:cpu,cpuacct:/pod\n" if any(name.startswith("cpu/") for name in files) else "0::/pod\n")
     assert cores(membership, tmp_path) == expected
+
+
+def test_freed_memory_is_kept():
+    """Pages that the process had to ask for while it makes and forgets 8 MB, fifty times."""
+    code = (
+        "import resource, sys, numpy; from stas.resources import keep_freed_memory\n"
+        "if sys.argv[1:]: keep_freed_memory()\n"
+        "numpy.ones(2**20), numpy.ones(2**20)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(50): numpy.ones(2**20), numpy.ones(2**20)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
+    )
+    command = [sys.executable, "-c", code]
+    given_back, kept = (int(subprocess.check_output([*command, *extra])) for extra in ([], ["keep"]))
+    assert kept < given_back / 10

@@ -3,6 +3,7 @@ import os
 import pickle
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,14 @@ def test_area_resize_by_hand():
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [((94, 171), (80, 80)), ((50, 70), (64, 200)), ((33, 65), (32, 32)), ((800, 900), (32, 33)), ((7, 5), (7, 5))],
+    [
+        ((94, 171), (80, 80)),
+        ((50, 70), (64, 200)),
+        ((33, 65), (32, 32)),
+        ((800, 900), (32, 33)),
+        ((7, 5), (7, 5)),
+        ((2, 3000), (32, 9)),
+    ],
 )
 def test_area_resize_is_that_of_torch(before, after):
     image, mask = picture(0, *before)
@@ -64,6 +72,18 @@ def test_area_resize_is_that_of_torch(before, after):
     values = (image / 255).astype(np.float32)
     assert np.abs(area_resize(values, after) - area(values, after)).max() < 1e-6
     assert area_resize(image, after).dtype == np.float32
+
+
+@pytest.mark.parametrize("before", [(65_535, 1), (1, 65_535), (3000, 1000)])
+def test_area_resize_works_in_blocks(before):
+    image = np.zeros((*before, 3), np.uint8)
+    tracemalloc.start()
+    try:
+        area_resize(image, (800, 800), scale=1)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 64 << 20
 
 
 def test_stored_image_is_that_of_the_reference_chain():
@@ -149,10 +169,11 @@ def test_a_forked_reader_reads(tmp_path):
 def test_more_than_the_first_map_size(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), np.uint8)
     with build_store(tmp_path / "key", "STAS", (1500, 1500)) as writer:
-        for index in range(9):  # 81 MB; the writer begins with 64 MiB
+        for index in range(16):  # 144 MB; the map begins with 64 MiB and grows by little more
             writer.add(make_record(source(f"s{index}"), noise, noise[..., 0] > 9, (1500, 1500)))
     store = Store(tmp_path / "key", network=False)
-    assert np.array_equal(store.image(8), noise)
+    assert np.array_equal(store.image(0), noise)
+    assert np.array_equal(store.image(15), noise)
 
 
 def test_a_failed_build_leaves_nothing(tmp_path):

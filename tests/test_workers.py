@@ -1,9 +1,10 @@
 import os
+import time
 
 import numpy as np
 import pytest
 
-from stas.errors import InputDataError
+from stas.errors import InputDataError, UsageError
 from stas.store import Sample, Skipped
 from stas.store_writer import Record, Source, make_record
 from stas.workers import records
@@ -28,6 +29,17 @@ def described(made: Record | Skipped) -> tuple[Sample, bytes, bytes, bytes] | Sk
         return made
     assert made.image.shape == (*SIZE, 3) and made.mask.shape == SIZE
     return made.sample, made.image.tobytes(), made.mask.tobytes(), made.full_mask
+
+
+def test_a_record_stays_as_it_is_until_the_next_one_is_asked_for():
+    for number, made in enumerate(records(make, range(12), SIZE, 2)):
+        time.sleep(0.1)  # in which the workers could make all that they may
+        assert described(made) == described(make(number))
+
+
+def test_too_little_shared_memory_is_explained():
+    with pytest.raises(UsageError, match=r"2 workers need \d+ MiB in /dev/shm or .* fewer with --workers"):
+        next(records(make, range(4), (2**20, 2**20), 2))
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])

@@ -76,7 +76,8 @@ def machine() -> dict[str, Any]:
     """What the figures depend on."""
     import torch  # not above: each worker process of preprocess imports the main module and so this one
 
-    names = ("adabelief-pytorch", "lmdb", "monai", "numpy", "pillow", "segmentation-models-pytorch", "timm", "torch")
+    names = ("adabelief-pytorch", "isal", "lmdb", "monai", "numpy", "pillow")
+    names += ("segmentation-models-pytorch", "timm", "torch")
     return {
         "processor": _processor(),
         "cores": cores(),
