@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from scripts.bench.measure import Row, interleaved
-from scripts.bench.rivals import batches, mask_files, original_loader
+from scripts.bench.rivals import batches, mask_files, nnunet_rate, original_loader
 from scripts.bench.site import Site, make_store
 from stas.config import load_recipe
 from stas.distributed import Ranks
@@ -36,7 +36,8 @@ def _loading(site: Site) -> Iterator[Row]:
     source = np.ones((recipe.train.batch, store.size[0] * store.size[1] * 4), np.uint8)
     target = np.empty_like(source)
     files = [site.images / f"{stem}.jpg" for stem in site.stems]
-    rival = batches(original_loader(files, mask_files(site.annotations, site.scratch / "rival"), side, len(files)))
+    masks = site.scratch / "rival"
+    rival = batches(original_loader(files, mask_files(site.annotations, masks), side, len(files)))
 
     def copy() -> None:
         for first in range(0, count, len(source)):
@@ -76,6 +77,16 @@ def _loading(site: Site) -> Iterator[Row]:
         detail={"samples/s": both, "original, samples/s": rates["original"]},
         note="The target is the rival; what remains is the scaling to fp32, which a GPU does in its own memory.",
     )
+    batch, some = (2, 2) if site.quick else (recipe.train.batch, 16)
+    nnunet = nnunet_rate(site.images, masks, site.scratch / "nnunet", side, batch, some)
+    if nnunet:
+        yield Row(
+            "samples scaled and augmented on this CPU / by nnU-Net v2's loader",
+            value=both / nnunet,
+            target=1,
+            detail={"samples/s": both, "nnU-Net, samples/s": nnunet},
+            note="nnU-Net crops instead of resizing, and changes more; it uses a process for each core.",
+        )
     yield Row(
         "samples into the step / memcpy of the same bytes",
         value=rates["stas"] / rates["copy"],

@@ -12,7 +12,8 @@ Made by `make bench OUT=docs`, on {date}; `docs/benchmarks.json` has the same fi
   count. So the ratios of another machine can be compared with these. Memory, seconds to start and exponents of growth
   are measured as their notes say.
 - Images are made by `scripts/make_sample.py`, at the size of the contest's, 1716 x 942. Rivals are written as their
-  users would write them, in `scripts/bench/rivals.py`: the contest's notebooks, and what MONAI's documentation advises.
+  users would write them, in `scripts/bench/rivals.py`: the contest's notebooks, and what MONAI's documentation advises;
+  and nnU-Net v2's loader, where NNUNET_PYTHON names a Python that has nnunetv2.
 
 | what | result | target | reached | measured |
 |---|---|---|---|---|

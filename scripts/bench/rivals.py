@@ -4,13 +4,14 @@
 workers, DataParallel, fp32. `competent`: what MONAI's documentation advises: CacheDataset keeps what comes before the
 random transform, ThreadDataLoader, DDP, bf16. Both take adabelief-pytorch's AdaBelief and MONAI's DiceLoss.
 
-nnU-Net v2 (2.8.1, from PyPI) is no third: it installs (625 MB without torch, into an environment of its own, because
-it needs an older timm), but its loop trains its own network on patches with its own augmentation, so that its images
-per second would be those of another recipe.
+nnU-Net v2 is the third, for its loader only (nnunet.py): its loop trains a network of its own. It needs an older timm,
+so it has an environment of its own, whose Python NNUNET_PYTHON names; without that, its row is left out.
 """
 
 import contextlib
 import io
+import os
+import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,24 @@ def competent_loader(images: Sequence[Path], masks: Sequence[Path], size: int, b
     return ThreadDataLoader(
         cached, batch_size=batch, shuffle=sampler is None, sampler=sampler, num_workers=0, pin_memory=_gpu()
     )
+
+
+def nnunet_rate(images: Path, masks: Path, scratch: Path, size: int, batch: int, count: int) -> float | None:
+    """Samples a second of nnU-Net's loader over `count` batches; None without NNUNET_PYTHON.
+
+    Args:
+        images: a directory of JPEGs.
+        masks: a directory of PNGs of 0 and 255 with the same stems.
+        scratch: a new directory.
+        size: side of its patch, pixels.
+        batch: images at a time.
+        count: batches.
+    """
+    python = os.environ.get("NNUNET_PYTHON")
+    if not python:
+        return None
+    command = [python, Path(__file__).with_name("nnunet.py"), images, masks, scratch, *map(str, (size, batch, count))]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
 
 def batches(loader: Loader) -> Iterator[dict[str, torch.Tensor]]:
