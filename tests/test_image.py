@@ -29,7 +29,7 @@ from tests.containers import podman, run_options
 ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"
 TINY_RECIPES = ("one", "two")
-EPOCHS = 40  # of the run that is stopped: enough to be stopped in the midst of
+EPOCHS = 300  # of half a tenth of a second: the run must not be over before it is stopped
 
 
 def _module() -> ModuleType:
