@@ -49,8 +49,9 @@ def records(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([make.__module__])
     count = min(2 * workers, len(items))
-    _check_room(count * size[0] * size[1] * 4, workers)
-    shared = context.RawArray("B", count * size[0] * size[1] * 4)
+    needed = count * size[0] * size[1] * 4  # bytes
+    _check_room(needed, workers)
+    shared = context.RawArray("B", needed)
     places = _places(shared, size)
     pool = ProcessPoolExecutor(workers, context, initializer=_prepare, initargs=(shared, size))
     waiting: deque[tuple[int, Future[tuple[Sample, bytes] | Skipped]]] = deque()
