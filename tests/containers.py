@@ -46,6 +46,7 @@ IN_BASE = ("torch", "torchvision")
 # Packages in name only: one that was broken before, one too old for matplotlib.
 STAND_INS = {"broken-before": ("1.0", "surely-not-there"), "kiwisolver": ("0.1", None)}
 CONSTRAINTS = {"einops": "0.8.1"}  # not the lock's version
+LAYER = 2**30  # bytes of torch in a layer: while it is committed there are three copies of it
 
 
 def podman(*arguments: object, check: bool = True, timeout: float = 600) -> subprocess.CompletedProcess[str]:
@@ -62,11 +63,11 @@ def podman(*arguments: object, check: bool = True, timeout: float = 600) -> subp
 
 def environment() -> dict[str, str]:
     """The environment in which podman finds its configuration."""
-    CACHE.mkdir(parents=True, exist_ok=True)
+    (CACHE / "tmp").mkdir(parents=True, exist_ok=True)
     configuration = CACHE / "containers.conf"
     if not configuration.exists() or configuration.read_text() != CONFIGURATION:
         configuration.write_text(CONFIGURATION)
-    return os.environ | {"CONTAINERS_CONF": str(configuration)}
+    return os.environ | {"CONTAINERS_CONF": str(configuration), "TMPDIR": str(CACHE / "tmp")}
 
 
 def missing() -> str:
@@ -96,16 +97,14 @@ def image(base_image: str) -> str:
 
 def build(context: Path, base: str, name: str, volumes: Sequence[str] = (), **arguments: str) -> str:
     """Build the Dockerfile of a checkout on a base, with build arguments and mounts; return what the build said."""
-    with _lock(), tempfile.TemporaryDirectory() as directory:
+    with _building(), tempfile.TemporaryDirectory() as directory:
         options = ["--isolation", "chroot", "--network", "host", *_pip_as_here(Path(directory))]
         for key, value in {"BASE_IMAGE": base, **arguments}.items():
             options += ["--build-arg", f"{key}={value}"]
         for volume in volumes:
             options += ["--volume", volume]
-        done = podman(
-            "build", *options, "--file", context / "docker" / "Dockerfile", "--tag", name, context, timeout=1800
-        )
-        podman("image", "prune", "--force", check=False)  # what earlier builds left: the layers of this one stay
+        file = context / "docker" / "Dockerfile"
+        done = podman("build", *options, "--file", file, "--tag", name, context, timeout=1800)
     return done.stdout + done.stderr
 
 
@@ -128,9 +127,10 @@ def writable(directory: Path) -> Path:
 def bare_base() -> str:
     """Name of an image of Debian with Python and pip."""
     name = f"localhost/stas-debian:{_key(SUITES[sys.version_info[:2]], _debootstrap.__code__.co_consts)}"
-    with _lock():
+    with _building():
         if podman("image", "exists", name, check=False).returncode:
-            _commit(name, _debootstrap)
+            _remove("localhost/stas-debian")
+            _commit(_debootstrap, "scratch", name)
     return name
 
 
@@ -138,15 +138,23 @@ def with_torch(bare: str) -> str:
     """Name of the bare image with this environment's torch, and what else NVIDIA's images have."""
     packages = _closure(IN_BASE)
     versions = [f"{package.metadata['Name']}={package.version}" for package in packages]
-    content = [bare, versions, STAND_INS, CONSTRAINTS, NVIDIA_ENTRYPOINT, _add_torch.__code__.co_code]
+    content = [bare, versions, STAND_INS, CONSTRAINTS, NVIDIA_ENTRYPOINT, _add_others.__code__.co_code]
     name = f"localhost/stas-base:{_key(*content)}"
-    with _lock():
+    with _building():
         if podman("image", "exists", name, check=False).returncode:
-            for older in podman("images", "--format", "{{.Repository}}:{{.Tag}}").stdout.split():
-                if older.startswith("localhost/stas-base:"):
-                    podman("image", "rm", older, check=False)  # gigabytes
-            _commit(name, lambda root: _add_torch(root, packages), bare)
+            _remove("localhost/stas-base")
+            below = bare
+            for files in _layers(packages):
+                below = _commit(lambda root, files=files: _copy(files, root), below)
+            _commit(lambda root: _add_others(root, packages), below, name)
     return name
+
+
+def _remove(repository: str) -> None:
+    """Remove older images of the same kind: they are of gigabytes."""
+    for older in podman("images", "--format", "{{.Repository}}:{{.Tag}}").stdout.split():
+        if older.startswith(f"{repository}:"):
+            podman("image", "rm", older, check=False)
 
 
 def _debootstrap(root: Path) -> None:
@@ -158,21 +166,42 @@ def _debootstrap(root: Path) -> None:
         subprocess.run(["cp", "-a", f"{directory}/.", root], check=True)
 
 
-def _add_torch(root: Path, packages: Sequence[Distribution]) -> None:
-    site = root / "usr" / "local" / "lib" / f"python3.{sys.version_info.minor}" / "dist-packages"
+def _layers(packages: Sequence[Distribution]) -> Iterator[list[tuple[Path, Path]]]:
+    """The packages' files, each with its place in site-packages, by layers."""
     loaded = _loaded_libraries()
+    files: list[tuple[Path, Path]] = []
+    total = 0
     for package in packages:
         for file in package.files or []:
             source = Path(str(package.locate_file(file))).resolve()
             if ".." in file.parts or not source.is_file():
                 continue
-            big = source.stat().st_size > 2**20
-            if big and package.metadata["Name"].startswith(("nvidia-", "triton", "cuda-")) and source not in loaded:
+            size = source.stat().st_size
+            of_gpu = package.metadata["Name"].startswith(("nvidia-", "triton", "cuda-"))
+            if size > 2**20 and of_gpu and source not in loaded:
                 continue
-            (site / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, site / file)  # with its time, which the bytecode knows
+            if total + size > LAYER:
+                yield files
+                files, total = [], 0
+            files.append((source, Path(file)))
+            total += size
+    yield files
+
+
+def _copy(files: Sequence[tuple[Path, Path]], root: Path) -> None:
+    for source, place in files:
+        target = _site(root) / place
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, target)  # with its time, which the bytecode knows
+
+
+def _site(root: Path) -> Path:
+    return root / "usr" / "local" / "lib" / f"python3.{sys.version_info.minor}" / "dist-packages"
+
+
+def _add_others(root: Path, packages: Sequence[Distribution]) -> None:
     for name, (version, needs) in STAND_INS.items():
-        _stand_in(site, name, version, needs)
+        _stand_in(_site(root), name, version, needs)
     constraint = root / "etc" / "pip" / "constraint.txt"
     constraint.parent.mkdir(parents=True)
     pins = {package.metadata["Name"]: package.version for package in packages} | CONSTRAINTS
@@ -221,23 +250,24 @@ def _loaded_libraries() -> set[Path]:
     return {Path(line.split(maxsplit=5)[-1]) for line in maps.splitlines() if "/" in line}
 
 
-def _commit(name: str, fill: Callable[[Path], None], start: str = "scratch") -> None:
-    """Make an image: `fill(root)` puts files below `root`. Uncompressed: compression would take minutes."""
-    buildah = ["buildah", *STORE]
-
-    def run(*arguments: str) -> str:
-        done = subprocess.run([*buildah, *arguments], env=environment(), stdout=subprocess.PIPE, text=True, check=True)
-        return done.stdout.strip()
-
-    container = run("from", "--pull-never", start)
+def _commit(fill: Callable[[Path], None], below: str, name: str | None = None) -> str:
+    """Make an image: `fill(root)` puts files on top of another image or of "scratch". Returns its identifier."""
+    container = _buildah("from", "--pull-never", below)
     try:
-        fill(Path(run("mount", container)))
-        run("umount", container)
-        if start != "scratch":
-            run("config", "--env", "PIP_CONSTRAINT=/etc/pip/constraint.txt", container)
-        run("commit", "--quiet", "--disable-compression", container, name)
+        fill(Path(_buildah("mount", container)))
+        _buildah("umount", container)
+        if below != "scratch":
+            _buildah("config", "--env", "PIP_CONSTRAINT=/etc/pip/constraint.txt", container)
+        # Uncompressed: compression would take minutes.
+        return _buildah("commit", "--quiet", "--disable-compression", container, *([name] if name else []))
     finally:
-        run("rm", container)
+        _buildah("rm", container)
+
+
+def _buildah(*arguments: str) -> str:
+    command = ["buildah", *STORE, *arguments]
+    done = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout.strip()
 
 
 def _pip_as_here(directory: Path) -> list[str]:
@@ -262,9 +292,12 @@ def _key(*what: object) -> str:
 
 
 @contextmanager
-def _lock() -> Iterator[None]:
-    """One process makes images at a time."""
+def _building() -> Iterator[None]:
+    """One process makes images at a time, and first clears away what killed ones left."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        shutil.rmtree(CACHE / "tmp", ignore_errors=True)
+        _buildah("rm", "--all")
+        podman("image", "prune", "--force")
         yield
