@@ -44,7 +44,7 @@ def atomic_write(path: Path, synced: bool = True) -> Iterator[BinaryIO]:
                 temporary.unlink(missing_ok=True)
             raise
         if synced:
-            sync_directory(path.parent)
+            sync_path(path.parent)
 
 
 @contextmanager
@@ -112,10 +112,10 @@ def exchange(one: Path, other: Path) -> bool:
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
 
 
-def sync_directory(directory: Path) -> None:
-    """Make the renames in `directory` survive a power cut."""
-    with named_errors(directory):
-        descriptor = os.open(directory, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Make what is in a file, or the names in a directory, survive a power cut."""
+    with named_errors(path):
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
@@ -125,7 +125,7 @@ def sync_directory(directory: Path) -> None:
 def sync_files(directory: Path) -> None:
     """Bring all that lies under a directory to disk: many at once share the disk's few slow steps."""
     with ThreadPoolExecutor(SYNCED_AT_ONCE) as threads:
-        for _ in threads.map(sync_directory, [directory, *directory.rglob("*")]):  # which syncs a file as well
+        for _ in threads.map(sync_path, [directory, *directory.rglob("*")]):
             pass
 
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from stas import paths
 from stas.errors import InputDataError, UsageError
-from stas.files import exchange, read_json, sha256, sync_directory, sync_files, write_json
+from stas.files import exchange, read_json, sha256, sync_files, sync_path, write_json
 from stas.images import MAX_IMAGE_BYTES, grey_size, is_plain_stem, list_images, read_grey
 from stas.locks import lock
 from stas.resources import cores
@@ -198,7 +198,7 @@ def publish(partial: Path, final: Path) -> None:
         UsageError: `final` was not made here (see `check_replaceable`).
     """
     aside = final.with_name(f".{final.name}.{uuid.uuid4().hex[:12]}.old")
-    sync_directory(partial)
+    sync_path(partial)
     while True:
         check_replaceable(final)
         try:
@@ -214,7 +214,7 @@ def publish(partial: Path, final: Path) -> None:
             final.rename(aside)
         except FileNotFoundError:  # another process publishes the same name at this moment
             continue
-    sync_directory(final.parent)
+    sync_path(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 

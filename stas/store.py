@@ -119,6 +119,9 @@ def area_resize(
         areas = (count * counts).astype(np.float32)
         rows = np.flatnonzero(tall == count)
         for block in np.split(rows, range(ROWS_AT_ONCE, len(rows), ROWS_AT_ONCE)):
+            if array.dtype == np.bool_ and not array[top[block[0]] : top[block[-1]] + count].any():
+                result[block] = 0  # as most blocks of a mask are
+                continue
             sums: NDArray = flat.take(top[block], 0).astype(kind)
             for further in range(1, count):
                 sums += flat.take(top[block] + further, 0)

@@ -7,6 +7,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stas.deflate import pack
-from stas.files import sync_directory, write_json
+from stas.files import sync_path, write_json
 from stas.filesystems import on_network
 from stas.paths import manifest, store_data
 from stas.store import FORMAT, Sample, Skipped, area_resize, copy_file, digest, local_disk, record_key
@@ -88,6 +89,8 @@ class StoreWriter:
         with _disk_errors(file):
             # Nobody else knows the file yet, so neither locks nor a sync for each record are needed.
             self._env = lmdb.open(str(file), map_size=MAP_STEP, subdir=False, lock=False, sync=False, mode=0o644)
+        self._thread = ThreadPoolExecutor(1, "sync")
+        self._syncing: Future[None] | None = None
 
     def add(self, record: Record) -> None:
         """Store one sample; its position is the number of samples before it."""
@@ -99,16 +102,28 @@ class StoreWriter:
                         transaction.put(record_key(len(self.samples), part), data)
                 break
             except lmdb.MapFullError:
+                self._start_sync()
                 self._env.set_mapsize(self._env.info()["map_size"] + MAP_STEP + sum(map(len, parts.values())))
         self.samples.append(record.sample)
 
     def sync(self) -> None:
         """Bring everything to disk."""
+        self._wait_for_disk()
         with _disk_errors(self._file):
             self._env.sync(True)
 
     def close(self) -> None:
+        self._thread.shutdown()
         self._env.close()
+
+    def _start_sync(self) -> None:
+        """Have the disk work beside the making of further samples; one that is slower than they are is waited for."""
+        self._wait_for_disk()
+        self._syncing = self._thread.submit(sync_path, self._file)
+
+    def _wait_for_disk(self) -> None:
+        if self._syncing:
+            self._syncing.result()
 
 
 @contextmanager
@@ -174,14 +189,14 @@ def build_store(
 
 def _publish(temporary: Path, directory: Path) -> None:
     """Give a finished store its name, unless another process was faster."""
-    sync_directory(temporary)
+    sync_path(temporary)
     try:
         os.rename(temporary, directory)  # noqa: PTH104 (beside os.replace in files.py: must fail where one stands)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         log.info("%s: another process finished it first; its store is used", directory)
-    sync_directory(directory.parent)
+    sync_path(directory.parent)
 
 
 def _remove_abandoned(stores: Path) -> None:

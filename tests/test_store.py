@@ -1,3 +1,4 @@
+import errno
 import multiprocessing
 import os
 import pickle
@@ -72,6 +73,15 @@ def test_area_resize_is_that_of_torch(before, after):
     values = (image / 255).astype(np.float32)
     assert np.abs(area_resize(values, after) - area(values, after)).max() < 1e-6
     assert area_resize(image, after).dtype == np.float32
+
+
+@pytest.mark.parametrize("after", [100, 150])
+def test_area_resize_finds_a_single_row_of_a_mask_wherever_it_is(after):
+    for row in range(130):
+        mask = np.zeros((130, 3), bool)
+        mask[row, 1] = True
+        expected = area(mask[..., None], (after, 2))[..., 0]
+        assert np.abs(area_resize(mask, (after, 2)) - expected).max() < 1e-6
 
 
 @pytest.mark.parametrize("before", [(65_535, 1), (1, 65_535), (3000, 1000)])
@@ -174,6 +184,21 @@ def test_more_than_the_first_map_size(tmp_path):
     store = Store(tmp_path / "key", network=False)
     assert np.array_equal(store.image(0), noise)
     assert np.array_equal(store.image(15), noise)
+
+
+def test_a_disk_that_fails_beside_the_making_of_samples_fails_the_build(tmp_path, monkeypatch):
+    def failing(path):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr("stas.store_writer.MAP_STEP", 1 << 20)
+    monkeypatch.setattr("stas.store_writer.sync_path", failing)
+    record = make_record(source("a"), *picture(0), (512, 512))
+    with (
+        pytest.raises(OSError, match="Input/output error"),
+        build_store(tmp_path / "key", "STAS", (512, 512), network=False) as writer,
+    ):
+        writer.add(record)  # more than a step of the map
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_build_leaves_nothing(tmp_path):
