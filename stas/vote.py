@@ -105,17 +105,11 @@ def majority(
         (height, width), bool.
     """
     votes = votes or [1] * len(masks)
-    if len(masks) == 3 and len(set(votes)) == 1:  # many times as fast as counting
-        a, b, c = masks
-        by_two, by_third = a & b, a | b
-        by_third &= c
-        by_two |= by_third
-        return by_two
     total = sum(votes)
-    counted = np.zeros(masks[0].shape, np.min_scalar_type(2 * total))
+    counted = np.zeros(masks[0].shape, np.min_scalar_type(total))
     for mask, count in zip(masks, votes, strict=True):
-        counted += mask * counted.dtype.type(2 * count)
-    return counted >= total if ties == "foreground" else counted > total
+        counted += mask.view(np.uint8) if count == 1 else mask * counted.dtype.type(count)
+    return counted >= total - total // 2 if ties == "foreground" else counted > total // 2
 
 
 def tie_possible(votes: Sequence[int]) -> bool:
