@@ -33,16 +33,16 @@ def _loading(site: Site) -> Iterator[Row]:
     store = open_store(make_store(site, site.scratch / recipe.name, recipe, count), recipe.data)
     pixels, everything = Pixels(store, range(count), CPU), range(count)
     made = list(islice(epoch_batches(pixels, everything, recipe, 0, 0, 1), 2))
-    source = np.ones((recipe.train.batch, store.size[0] * store.size[1] * 4), np.uint8)
-    target = np.empty_like(source)
+    source = np.ones((count, store.size[0] * store.size[1] * 4), np.uint8)
+    target = np.empty_like(source[: recipe.train.batch])
     files = [site.images / f"{stem}.jpg" for stem in site.stems]
     masks = site.scratch / "rival"
     rival = batches(original_loader(files, mask_files(site.annotations, masks), side, len(files)))
 
     def copy() -> None:
-        for first in range(0, count, len(source)):
-            rows = min(len(source), count - first)
-            np.copyto(target[:rows], source[:rows])
+        for first in range(0, count, len(target)):
+            rows = source[first : first + len(target)]
+            np.copyto(target[: len(rows)], rows)
 
     seconds = interleaved(
         {
@@ -92,7 +92,7 @@ def _loading(site: Site) -> Iterator[Row]:
         value=rates["stas"] / rates["copy"],
         target=0.5,
         detail={"samples/s": rates["stas"], "memcpy, samples/s": rates["copy"]},
-        note="Batches of 16 at 800 x 800, from the mapped store; memcpy into one buffer that is used again.",
+        note="Batches of 16 at 800 x 800, from the mapped store; memcpy of as many bytes into one batch, used again.",
     )
 
 
