@@ -160,7 +160,7 @@ def _remove(repository: str) -> None:
 def _debootstrap(root: Path) -> None:
     packages = "python3,python3-pip,ca-certificates"
     options = ["--variant=minbase", f"--include={packages}", SUITES[sys.version_info[:2]]]
-    with tempfile.TemporaryDirectory(dir=CACHE) as directory:
+    with tempfile.TemporaryDirectory(dir=CACHE / "tmp") as directory:
         subprocess.run(["debootstrap", *options, directory, "http://deb.debian.org/debian"], check=True)
         shutil.rmtree(Path(directory) / "var" / "cache" / "apt")
         subprocess.run(["cp", "-a", f"{directory}/.", root], check=True)
