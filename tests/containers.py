@@ -46,6 +46,7 @@ IN_BASE = ("torch", "torchvision")
 # Packages in name only: one that was broken before, one too old for matplotlib.
 STAND_INS = {"broken-before": ("1.0", "surely-not-there"), "kiwisolver": ("0.1", None)}
 CONSTRAINTS = {"einops": "0.8.1"}  # not the lock's version
+CONSTRAINT_FILE = "etc/pip/constraint.txt"
 LAYER = 2**30  # bytes of torch in a layer: while it is committed there are three copies of it
 
 
@@ -138,15 +139,16 @@ def with_torch(bare: str) -> str:
     """Name of the bare image with this environment's torch, and what else NVIDIA's images have."""
     packages = _closure(IN_BASE)
     versions = [f"{package.metadata['Name']}={package.version}" for package in packages]
-    content = [bare, versions, STAND_INS, CONSTRAINTS, NVIDIA_ENTRYPOINT, _add_others.__code__.co_code]
-    name = f"localhost/stas-base:{_key(*content)}"
+    code = [function.__code__.co_code for function in (_layers, _copy, _add_others)]
+    name = f"localhost/stas-base:{_key(bare, versions, STAND_INS, CONSTRAINTS, NVIDIA_ENTRYPOINT, code)}"
     with _building():
         if podman("image", "exists", name, check=False).returncode:
             _remove("localhost/stas-base")
             below = bare
             for files in _layers(packages):
                 below = _commit(lambda root, files=files: _copy(files, root), below)
-            _commit(lambda root: _add_others(root, packages), below, name)
+            constrained = ("--env", f"PIP_CONSTRAINT=/{CONSTRAINT_FILE}")
+            _commit(lambda root: _add_others(root, packages), below, name, constrained)
     return name
 
 
@@ -202,7 +204,7 @@ def _site(root: Path) -> Path:
 def _add_others(root: Path, packages: Sequence[Distribution]) -> None:
     for name, (version, needs) in STAND_INS.items():
         _stand_in(_site(root), name, version, needs)
-    constraint = root / "etc" / "pip" / "constraint.txt"
+    constraint = root / CONSTRAINT_FILE
     constraint.parent.mkdir(parents=True)
     pins = {package.metadata["Name"]: package.version for package in packages} | CONSTRAINTS
     constraint.write_text("".join(f"{name}=={version}\n" for name, version in pins.items()))
@@ -250,14 +252,13 @@ def _loaded_libraries() -> set[Path]:
     return {Path(line.split(maxsplit=5)[-1]) for line in maps.splitlines() if "/" in line}
 
 
-def _commit(fill: Callable[[Path], None], below: str, name: str | None = None) -> str:
+def _commit(fill: Callable[[Path], None], below: str, name: str | None = None, settings: Sequence[str] = ()) -> str:
     """Make an image: `fill(root)` puts files on top of another image or of "scratch". Returns its identifier."""
     container = _buildah("from", "--pull-never", below)
     try:
         fill(Path(_buildah("mount", container)))
         _buildah("umount", container)
-        if below != "scratch":
-            _buildah("config", "--env", "PIP_CONSTRAINT=/etc/pip/constraint.txt", container)
+        _buildah("config", *settings, container)
         # Uncompressed: compression would take minutes.
         return _buildah("commit", "--quiet", "--disable-compression", container, *([name] if name else []))
     finally:
