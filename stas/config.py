@@ -208,7 +208,6 @@ class Train(Section):
 
 
 class Infer(Section):
-    batch: int = Field(default=4, ge=1, le=MANY, description="images at once on each rank")
     threshold: float = Field(
         default=0.5, gt=0, lt=1, description="a pixel is foreground when its probability is above this"
     )

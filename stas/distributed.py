@@ -3,16 +3,14 @@
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from stas.errors import EXIT_FAILED, StoppedEarly
-from stas.locks import PATIENCE, Lock, lock
 from stas.paths import status_file
 
 log = logging.getLogger(__name__)
@@ -68,25 +66,27 @@ def join_ranks() -> Iterator[Ranks]:
 
 
 @contextmanager
-def locked(path: Path, ranks: Ranks, patience: float = PATIENCE) -> Iterator[Lock | None]:
-    """Let the first rank hold a lock for all of them; the others get None and wait for the outcome.
+def entered_by_first(ranks: Ranks, context: AbstractContextManager[T]) -> Iterator[T | None]:
+    """Let the first rank enter a context for all of them, and leave it when all are done; the others get None.
 
     Raises:
-        StoppedEarly: another process has it (see `stas.locks.lock`).
+        StoppedEarly: on the other ranks, where the first could not enter; it raises its own reason.
     """
     with ExitStack() as stack:
-        held = failure = None
+        value = failure = None
         if ranks.first:
             try:
-                held = stack.enter_context(lock(path, patience))
-            except Exception as error:  # raised below, when the others know
+                value = stack.enter_context(context)
+            except Exception as error:  # raised below, once the others know
                 failure = error
-        failed = sum_over_ranks([float(failure is not None)])[0] > 0
+        failed = any_of(failure is not None)[0]
         if failure:
             raise failure
         if failed:
-            raise StoppedEarly(f"{path}: the first rank could not take this lock; it says why")
-        yield held
+            raise StoppedEarly("the first rank could not begin; its own message says why")
+        yield value
+        barrier()
+    barrier()  # the others must not end before the first has published
 
 
 def sum_over_ranks(values: Sequence[float]) -> list[float]:
@@ -119,6 +119,11 @@ def gather_objects(value: T) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def from_first(value: T) -> T:
+    """The first rank's value, on all ranks; what the others give is ignored. Slow: for rare events."""
+    return gather_objects(value)[0]
 
 
 def copy_from_first(module: torch.nn.Module) -> None:

@@ -13,23 +13,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from stas.annotations import find_image, rasterise, read_labelme
+from stas.config import Data
 from stas.errors import InputDataError, UsageError
 from stas.files import atomic_write, read_json, write_json, write_text
 from stas.images import list_images, read_image
 from stas.metrics import bootstrap_interval, confusion, dice, iou, mean_dice, pooled_dice, precision, recall
-from stas.predictions import (
-    Members,
-    building,
-    check_replaceable,
-    digest,
-    in_threads,
-    list_members,
-    log_graded,
-    named,
-    read_member_mask,
-    write_manifest,
-)
+from stas.predictions import Members, digest, list_members, log_graded, read_member_mask
+from stas.publish import Output, building, check_replaceable, named, write_manifest
 from stas.sheets import Case, Picked, draw_overview, draw_sheet, pick_cases
+from stas.threads import in_threads
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +55,7 @@ def evaluate(
     truth: Path,
     out: Path,
     images: Path | None = None,
-    label: str = "STAS",
+    label: str | None = None,
     threshold: float | None = None,
     sheets: int = 9,
 ) -> dict[str, Any]:
@@ -74,7 +66,7 @@ def evaluate(
         truth: LabelMe JSON files, or, where there is none, mask PNGs (above 0 is foreground), named like the masks.
         out: the new directory; an identical earlier evaluation is kept.
         images: the original images for the pictures; by default those the LabelMe files point to.
-        label: the LabelMe label that is foreground.
+        label: the LabelMe label that is foreground; by default the one that the predictions' manifests name.
         threshold: a prediction is foreground above this value; above 0 by default (see `read_member_mask`).
         sheets: how many cases to draw, a third each of the worst, the middle and the best.
 
@@ -87,11 +79,11 @@ def evaluate(
     """
     if not predictions:
         raise UsageError("no predictions given: name at least one directory of mask PNGs")
-    check_replaceable(out)
+    check_replaceable(out, "evaluation")
     listed = list_members(predictions)
-    truths = _list_truth(truth, label, listed.stems)
-    key = _key(listed, truths, images, threshold, sheets)
-    with building(out, key) as partial:
+    truths = _list_truth(truth, _label(label, listed), listed.stems)
+    output = Output(out, "evaluation", _key(listed, truths, images, threshold, sheets))
+    with building(output) as partial:
         if partial is None:
             log.info("%s: these predictions are already scored against this truth, nothing to do", out)
             summary = read_json(out / SUMMARY)
@@ -102,7 +94,7 @@ def evaluate(
             write_text(partial / "scores.csv", _csv(listed, counts))
             complete = _draw(partial, listed, truths, counts, images, threshold, sheets)
             # A sheet that lacks its image is not finished work: the next run looks for the image again.
-            write_manifest(partial, {"key": key if complete else None, "images": {}})
+            write_manifest(partial, output, finished=complete)
     try:
         text = table(summary)
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # an earlier one, which is only read
@@ -137,6 +129,13 @@ def table(summary: dict[str, Any]) -> str:
 def _with_interval(scores: dict[str, Any], what: str) -> str:
     low, high = scores[f"{what}_interval"]
     return f"{scores[what]:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _label(given: str | None, listed: Members) -> str:
+    """The label of the truth: the one given, or that of the predictions, or for those of other makers the default."""
+    if given is not None and listed.label is not None and given != listed.label:
+        raise UsageError(f"--label {given}: the predictions outline {listed.label!r}: leave --label out")
+    return given or listed.label or Data().label
 
 
 def _list_truth(directory: Path, label: str, stems: Sequence[str]) -> Truth:

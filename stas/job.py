@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from stas import distributed
 from stas.checkpoint import fitting, load_newest, restore_optimizer
-from stas.config import Recipe, dump_recipe, parse_recipe
+from stas.config import Recipe, Train, dump_recipe, parse_recipe
 from stas.distributed import Ranks
 from stas.errors import StoppedEarly, UsageError
 from stas.files import write_json, write_text
@@ -28,7 +28,6 @@ from stas.store import Store, open_store
 
 log = logging.getLogger(__name__)
 COMPILE_WORTH = 600  # seconds left of a time limit below which compiling, which takes minutes, is not begun
-PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -81,11 +80,6 @@ class Job:
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
     loss: Callable[[Tensor, Tensor], Tensor]
-
-    def autocast(self) -> torch.autocast:
-        """The recipe's precision for a forward pass."""
-        precision = self.recipe.train.precision
-        return torch.autocast(self.ranks.device.type, PRECISION[precision], enabled=precision != "fp32")
 
     def facts(self, progress: Progress) -> dict[str, Any]:
         """What a checkpoint says beside the tensors; every rank must call it."""
@@ -146,19 +140,29 @@ def set_up(
         }
         write_json(paths.split, {"store": store.key} | stems)
     log.info("%s: %d ranks on %s", paths.root, ranks.size, ranks.device.type)
-    parallel = _parallel(network, recipe, ranks, limit - progress.elapsed)
-    loss = build_loss(recipe.loss)
-    pixels = Pixels(store, training, ranks.device)
-    job = Job(recipe, paths, ranks, store, pixels, training, validation, network, parallel, optimizer, scaler, loss)
+    job = Job(
+        recipe=recipe,
+        run=paths,
+        ranks=ranks,
+        store=store,
+        pixels=Pixels(store, training, ranks.device),
+        training=training,
+        validation=validation,
+        network=network,
+        parallel=_parallel(network, recipe.train, ranks, limit - progress.elapsed),
+        optimizer=optimizer,
+        scaler=scaler,
+        loss=build_loss(recipe.loss),
+    )
     return job, progress
 
 
-def _parallel(network: nn.Module, recipe: Recipe, ranks: Ranks, left: float) -> nn.Module:
+def _parallel(network: nn.Module, train: Train, ranks: Ranks, left: float) -> nn.Module:
     parallel = network
-    if recipe.train.compile and left < COMPILE_WORTH:
+    if train.compile and left < COMPILE_WORTH:
         log.warning("train.compile: not compiled, because only %.0f s of the time limit are left", left)
-    elif recipe.train.compile:
-        parallel = Compiled(network, batch=ranks.share(recipe.train.batch))
+    elif train.compile:
+        parallel = Compiled(network, batch=ranks.share(train.batch))
     if ranks.size == 1:
         return parallel
     devices = [ranks.device] if ranks.device.type == "cuda" else None

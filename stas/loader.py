@@ -3,12 +3,9 @@
 A batch holds what the store holds, a byte for each value; what the network sees is made of it on its device.
 """
 
-import queue
 import sys
-import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +16,6 @@ from stas.augment import Changes, draw_changes
 from stas.config import Recipe
 from stas.store import Sample, Store
 
-T = TypeVar("T")
 RESIDENT_SHARE = 0.1  # of a GPU's memory that the samples may take; the rest is the network's
 
 
@@ -148,41 +144,3 @@ def rank_share(together: Sequence[int], rank: int, ranks: int, least: int = 1) -
     mine = list(together[rank * each : (rank + 1) * each])
     missing = each - len(mine)
     return mine + [together[0]] * missing, [1.0] * len(mine) + [0.0] * missing
-
-
-def prefetch(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
-    """Yield from `items`, made up to `depth` ahead in a thread, which torch and Pillow let run beside the step."""
-    ready: queue.Queue[tuple[T | None, BaseException | None, bool]] = queue.Queue(depth)
-    closed = threading.Event()
-
-    def put(value: tuple[T | None, BaseException | None, bool]) -> bool:
-        while not closed.is_set():
-            try:
-                ready.put(value, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def produce() -> None:
-        try:
-            for item in items:
-                if not put((item, None, False)):
-                    return
-            put((None, None, True))
-        except BaseException as error:
-            put((None, error, True))
-
-    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error, end = ready.get()
-            if error is not None:
-                raise error
-            if end:
-                return
-            yield item  # type: ignore[misc]
-    finally:
-        closed.set()
-        thread.join()

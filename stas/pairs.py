@@ -12,9 +12,9 @@ from stas.annotations import MAX_FILE_BYTES, Annotation, find_image, read_labelm
 from stas.errors import InputDataError
 from stas.files import sha256
 from stas.images import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, SAME_NAME, check_stem, fold, list_images
-from stas.progress import bar
 from stas.resources import cores
 from stas.store import FORMAT, Skipped
+from stas.threads import bar
 from stas.untrusted import check_file, shown
 
 AT_ONCE = 1000  # files handed to threads: what waits for its turn takes 2 KiB

@@ -1,41 +1,27 @@
-"""Sets of predictions on disk: one mask per image, a manifest, and what several sets must have in common.
+"""Sets of predictions on disk: one mask per image, and what several sets must have in common.
 
-A set made here has 0/255 masks and a manifest:
-    {"key": what it was made from, "images": {stem: {"height": int, "width": int}}, ...}
-Sets of other makers need neither: any directory of mask PNGs is one.
+A set made here has 0/255 masks and a manifest, which says
+    "label": the label that is foreground, "images": {stem: {"height": int, "width": int}}
+beside what every manifest does (see stas/publish.py). Sets of other makers need neither: any directory of mask PNGs
+is one.
 """
 
-import errno
-import glob
 import hashlib
-import json
 import logging
-import re
-import shutil
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from stas import paths
 from stas.errors import InputDataError, UsageError
-from stas.files import exchange, read_json, sha256, sync_files, sync_path, write_json
-from stas.images import MAX_IMAGE_BYTES, grey_size, is_plain_stem, list_images, read_grey
-from stas.locks import lock
-from stas.resources import cores
+from stas.files import sha256
+from stas.images import MAX_IMAGE_BYTES, grey_size, list_images, read_grey
+from stas.publish import SHOWN, named, read_manifest
 
 log = logging.getLogger(__name__)
-
-SHOWN = 10  # cases named in a message; more would hide the message
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -46,11 +32,13 @@ class Member:
         name: its directory's name, with as many parents as make it unique among the members.
         directory: where it lies.
         images: its mask files by stem, sorted.
+        label: the label that its masks outline, where its manifest says so.
     """
 
     name: str
     directory: Path
     images: dict[str, Path]
+    label: str | None
 
 
 @dataclass(frozen=True)
@@ -60,10 +48,12 @@ class Members:
     Attributes:
         members: in the order given.
         sizes: (height, width) in pixels by stem, sorted; the same in every member.
+        label: the label that their masks outline; None where no member's manifest says so.
     """
 
     members: list[Member]
     sizes: dict[str, tuple[int, int]]
+    label: str | None
 
     @property
     def names(self) -> list[str]:
@@ -79,7 +69,7 @@ def list_members(directories: Sequence[Path]) -> Members:
 
     Raises:
         UsageError: one directory given twice.
-        InputDataError: no directory or no PNG in it; stems or sizes differ; names the members and cases.
+        InputDataError: no directory or no PNG in it; labels, stems or sizes differ; names the members and cases.
     """
     names = _unique_names(directories)
     missing = [
@@ -91,14 +81,14 @@ def list_members(directories: Sequence[Path]) -> Members:
             "Predict them, or leave them out"
         )
     members = [
-        Member(name, directory, list_images(directory, (".png",)))
+        Member(name, directory, list_images(directory, (".png",)), _label(directory))
         for name, directory in zip(names, directories, strict=True)
     ]
     first, *others = members
     problems = [problem for other in others if (problem := _stem_difference(first, other))]
     if problems:
         raise InputDataError("the members hold different cases:\n  " + "\n  ".join(problems))
-    return Members(members, _common_sizes(members))
+    return Members(members, _common_sizes(members), _common_label(members))
 
 
 def read_member_mask(path: Path, threshold: float | None = None) -> tuple[NDArray[np.bool_], bool]:
@@ -146,160 +136,6 @@ def digest(files: Iterable[Path]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def write_manifest(directory: Path, values: dict[str, Any]) -> None:
-    """Write a manifest; `values` holds at least "key" and "images" (see the head of this file)."""
-    assert {"key", "images"} <= values.keys()
-    write_json(paths.manifest(directory), values)
-
-
-def is_finished(directory: Path, key: dict[str, Any]) -> bool:
-    """Whether `directory` was made from exactly `key` and every mask of its manifest is there.
-
-    A manifest with a true "probabilities" must have these too. A manifest that cannot be read is not finished.
-    """
-    try:
-        manifest = read_json(paths.manifest(directory))
-    except InputDataError:
-        return False
-    if not isinstance(manifest, dict) or not isinstance(stems := manifest.get("images"), dict):
-        return False
-    if not all(is_plain_stem(stem) for stem in stems):  # none is looked for outside of the directory
-        return False
-    same = manifest.get("key") == json.loads(json.dumps(key))  # as JSON would give it back: tuples become lists
-    files = [paths.prediction(directory, stem) for stem in stems]
-    if manifest.get("probabilities"):
-        files += [paths.probability(directory, stem) for stem in stems]
-    return same and all(file.is_file() for file in files)
-
-
-def check_replaceable(directory: Path) -> None:
-    """Refuse to replace what was not made here, so that a mistyped --out never removes somebody's files.
-
-    Raises:
-        UsageError: `directory` is a file, or holds files but no manifest.
-    """
-    if directory.is_dir():
-        if any(directory.iterdir()) and not paths.manifest(directory).is_file():
-            raise UsageError(
-                f"{directory}: holds files but no {paths.manifest(directory).name}, so it is not an earlier result "
-                "and will not be replaced: give a new directory"
-            )
-    elif directory.exists() or directory.is_symlink():
-        raise UsageError(f"{directory}: exists and is not a directory: give a new directory")
-
-
-def publish(partial: Path, final: Path) -> None:
-    """Give a finished directory its final name; an older result of that name is moved aside, then removed.
-
-    A process that is killed in between leaves the old result or the new one under `final`. Where the file system
-    cannot swap two names (NFS), it may also leave none; `tidy` brings the old one back then.
-
-    Raises:
-        UsageError: `final` was not made here (see `check_replaceable`).
-    """
-    aside = final.with_name(f".{final.name}.{uuid.uuid4().hex[:12]}.old")
-    sync_path(partial)
-    while True:
-        check_replaceable(final)
-        try:
-            partial.rename(final)
-            break
-        except OSError as error:  # only these two say that an older result is there
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-        try:
-            if exchange(partial, final):
-                partial.rename(aside)  # or it could be taken for work to go on with
-                break
-            final.rename(aside)
-        except FileNotFoundError:  # another process publishes the same name at this moment
-            continue
-    sync_path(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def tidy(final: Path, keep: Path | None = None) -> None:
-    """Bring back or clear away what a killed process left beside `final`. Only who holds its lock may do so.
-
-    Args:
-        final: the directory that the process was to make.
-        keep: a partial directory to go on with.
-    """
-    for aside in _beside(final, "old"):
-        if not final.exists():  # killed between the two renames of `publish`
-            aside.rename(final)
-            log.warning("%s: brought back; a process was killed while it replaced it", final)
-        shutil.rmtree(aside, ignore_errors=True)
-    for partial in _beside(final, "partial"):
-        if partial != keep:
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-def is_settled(directory: Path, key: dict[str, Any]) -> bool:
-    """Whether `directory` is finished (see `is_finished`), and nobody is at work or was killed beside it."""
-    locks = directory.parent.glob(f"{glob.escape(paths.lock(directory).name)}*")
-    beside = [*_beside(directory, "old"), *_beside(directory, "partial"), *locks]
-    return is_finished(directory, key) and not beside
-
-
-def _beside(final: Path, kind: str) -> list[Path]:
-    """What a process at work on `final` keeps beside it. A set called `lite0.tta` is not the business of `lite0`."""
-    name = re.compile(rf"\.{re.escape(final.name)}\.[0-9a-f]{{12}}\.{kind}")
-    return sorted(path for path in final.parent.glob(f".*.{kind}") if name.fullmatch(path.name))
-
-
-@contextmanager
-def building(final: Path, key: dict[str, Any]) -> Iterator[Path | None]:
-    """A partial directory beside `final` that is published if the block succeeds and removed if it fails.
-
-    What is written there is synced all at once before. None where `final` has been made from `key` already, also by
-    another process that was waited for.
-
-    Raises:
-        UsageError: before the block, if `final` may not be replaced.
-    """
-    check_replaceable(final)
-    if is_settled(final, key):
-        yield None
-        return
-    with lock(paths.lock(final)) as held:
-        tidy(final)
-        if is_finished(final, key):
-            yield None
-            return
-        partial = final.with_name(f".{final.name}.{uuid.uuid4().hex[:12]}.partial")
-        partial.mkdir(parents=True)
-        try:
-            yield partial
-            sync_files(partial)
-            held.check()
-            publish(partial, final)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-def in_threads(
-    function: Callable[[Item], Result], items: Sequence[Item], task: str, workers: int | None = None
-) -> list[Result]:
-    """`function` of every item, in order, in threads (Pillow decodes without the interpreter lock).
-
-    Args:
-        function: called once per item.
-        items: the items.
-        task: named by the progress bar.
-        workers: number of threads; by default the processors this process may use.
-    """
-    with ThreadPoolExecutor(workers or cores()) as pool:
-        return list(tqdm(pool.map(function, items), desc=task, total=len(items), disable=None, leave=False))
-
-
-def named(cases: Iterable[str]) -> str:
-    """The first cases by name, and how many more there are."""
-    listed = list(cases)
-    more = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
-    return ", ".join(listed[:SHOWN]) + more
-
-
 def _unique_names(directories: Sequence[Path]) -> list[str]:
     resolved = [directory.resolve() for directory in directories]
     for directory in resolved:
@@ -311,6 +147,25 @@ def _unique_names(directories: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [str(directory) for directory in resolved]
+
+
+def _label(directory: Path) -> str | None:
+    """The label in a set's manifest; None for a set of another maker."""
+    if not paths.manifest(directory).is_file():
+        return None
+    try:
+        label = read_manifest(directory, "prediction set", "vote").get("label")
+    except InputDataError:
+        return None
+    return label if isinstance(label, str) else None
+
+
+def _common_label(members: Sequence[Member]) -> str | None:
+    labels = {member.label: member.name for member in members if member.label is not None}
+    if len(labels) > 1:
+        listed = ", ".join(f"{label} in {name}" for label, name in labels.items())
+        raise InputDataError(f"the members' masks outline different labels: {listed}: give members of one label")
+    return next(iter(labels), None)
 
 
 def _stem_difference(first: Member, other: Member) -> str | None:

@@ -20,11 +20,11 @@ from stas.pairs import Pair, find_pairs, pair_hashes, skipped, store_key
 from stas.paths import Workspace, manifest, prediction
 from stas.paths import lock as lock_of
 from stas.predictions import read_member_mask
-from stas.progress import bar
 from stas.resources import cores
 from stas.split import split_samples
 from stas.store import Skipped, Store, point_to, points_to
 from stas.store_writer import Record, Source, build_store, make_record
+from stas.threads import bar
 from stas.workers import records
 
 log = logging.getLogger(__name__)

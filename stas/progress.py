@@ -3,17 +3,16 @@
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from tqdm import tqdm
+from torch.utils.tensorboard import SummaryWriter
 
 from stas.errors import InputDataError
 from stas.files import named_errors, write_text
 
 Record = dict[str, Any]
-T = TypeVar("T")
 
 
 class MetricsLog:
@@ -24,9 +23,6 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, tensorboard_dir: Path, keep_epochs: int = 0) -> None:
-        # TensorBoard imports torch, and preprocess wants nothing of this file but the bar.
-        from torch.utils.tensorboard import SummaryWriter
-
         kept = [record for record in read_metrics(path) if record["epoch"] <= keep_epochs] if path.exists() else []
         write_text(path, "".join(_line(record) for record in kept))
         self.records = read_metrics(path)  # of all epochs so far, over all parts of the run
@@ -123,12 +119,6 @@ def clock(seconds: float) -> str:
         return "unknown"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
-
-
-def bar(items: Iterable[T], total: int, description: str, show: bool = True) -> Iterable[T]:
-    """Go through `items` with a progress bar, gone when done; no bar unless stderr is a terminal and `show`."""
-    disable = None if show else True  # None asks tqdm to look whether there is a terminal
-    return tqdm(items, description, total, leave=False, disable=disable, dynamic_ncols=True)
 
 
 def _line(record: Record) -> str:

@@ -19,17 +19,21 @@ import torch
 from torch import Tensor
 
 from stas import distributed
+from stas import paths as files_of
 from stas.checkpoint import CheckpointWriter, clear_up, take_snapshot
 from stas.config import Recipe
 from stas.curves import draw_curves
 from stas.errors import StoppedEarly, TrainingError
 from stas.files import append_json_line
 from stas.job import Job, Progress, set_up
-from stas.loader import Batch, epoch_batches, prefetch, steps_per_epoch
+from stas.loader import Batch, epoch_batches, steps_per_epoch
+from stas.locks import PATIENCE, lock
 from stas.optim import rate_factor, set_learning_rate
-from stas.paths import Workspace, lock
-from stas.progress import MetricsLog, bar, epoch_line, time_left
+from stas.paths import Workspace
+from stas.predict import autocast
+from stas.progress import MetricsLog, epoch_line, time_left
 from stas.resources import GIB, usage
+from stas.threads import bar, prefetch
 from stas.transforms import prepare
 from stas.validate import validate
 
@@ -88,7 +92,7 @@ def train(
     paths = workspace.run(run or recipe.name)
     with (
         distributed.join_ranks() as ranks,
-        distributed.locked(lock(paths.root), ranks) as held,
+        distributed.entered_by_first(ranks, lock(files_of.lock(paths.root), PATIENCE)) as held,
         _stop_signal() as stop,
         ExitStack() as files,
     ):
@@ -149,28 +153,7 @@ def _train_epoch(
     seen = 0
     job.parallel.train()
     for batch in bar(prefetch(batches), steps - progress.step, f"epoch {progress.epoch + 1}", show=ranks.first):
-        step = progress.epoch * steps + progress.step
-        rate = rate_factor(recipe.schedule, step, steps * recipe.train.epochs)
-        set_learning_rate(job.optimizer, recipe.optimizer.lr * rate)
-        _seed_step(recipe.train.seed, step, ranks.rank)
-        # A network that has seen NaN keeps it in the running statistics of its normalisations.
-        buffers = [buffer.clone() for buffer in job.network.buffers()] if recipe.train.max_bad_steps else []
-        loss, finite = _backward(job, batch.to(ranks.device))
-        bad, stopping, due, spent = distributed.any_of(
-            not finite,
-            stop.is_set(),
-            ranks.first and clock.checkpoint_due(),
-            clock.elapsed() > clock.limit,
-        )
-        if bad:
-            _skip(job, progress, batch, buffers)
-        else:
-            job.scaler.step(job.optimizer)
-            job.scaler.update()
-            _check_scale(job)
-            progress.loss_sum += loss
-            progress.images += batch.total
-        progress.step += 1
+        stopping, due, spent = train_step(job, progress, batch.to(ranks.device), steps, stop, clock)
         seen += batch.total
         if stopping:
             _stop_early(job, progress, clock, writer)
@@ -182,21 +165,50 @@ def _train_epoch(
     return total / progress.images if progress.images else math.nan, seen
 
 
-def _backward(job: Job, batch: Batch) -> tuple[float, bool]:
-    """From zero_grad to gradients: the sum of this rank's losses, and whether loss and gradients are finite."""
-    images, masks = prepare(batch, job.recipe)
+def train_step(
+    job: Job, progress: Progress, batch: Batch, steps: int, stop: Event, clock: Clock
+) -> tuple[bool, bool, bool]:
+    """Take one of the epoch's `steps`; return whether to stop, whether a checkpoint is due, whether time is spent."""
+    recipe, ranks = job.recipe, job.ranks
+    step = progress.epoch * steps + progress.step
+    rate = rate_factor(recipe.schedule, step, steps * recipe.train.epochs)
+    set_learning_rate(job.optimizer, recipe.optimizer.lr * rate)
+    _seed_step(recipe.train.seed, step, ranks.rank)
+    # A network that has seen NaN keeps it in the running statistics of its normalisations.
+    buffers = [buffer.clone() for buffer in job.network.buffers()] if recipe.train.max_bad_steps else []
+    images, masks = prepare(batch, recipe.data, recipe.augment, recipe.train.channels_last)
+
     job.optimizer.zero_grad(set_to_none=True)
-    with job.autocast():
+    with autocast(ranks.device, recipe.train.precision):
         logits = job.parallel(images)
     per_image = job.loss(logits, masks) * batch.weights
-    loss = per_image.sum() * job.ranks.size / batch.total  # DDP divides by the ranks: the mean over the global batch
+    # DDP divides gradients by the number of ranks, which leaves the mean over the global batch.
+    loss = per_image.sum() * ranks.size / batch.total
     job.scaler.scale(loss).backward()
+
     checked: list[Tensor] = [per_image.detach().sum()]
-    if not job.scaler.is_enabled():  # the scaler looks for itself, and lowers its scale
+    if not job.scaler.is_enabled():  # fp16's scaler checks gradients itself, and lowers its scale
         gradients = [value.grad for value in job.network.parameters() if value.grad is not None]
         checked.append(torch.nn.utils.get_total_norm(gradients))
     finite = bool(torch.stack([value.float() for value in checked]).isfinite().all())
-    return checked[0].item(), finite
+    # All ranks must agree, or some would wait in the next step for those that stopped.
+    bad, stopping, due, spent = distributed.any_of(
+        not finite,
+        stop.is_set(),
+        ranks.first and clock.checkpoint_due(),
+        clock.elapsed() > clock.limit,
+    )
+
+    if bad:
+        _skip(job, progress, batch, buffers)
+    else:
+        job.scaler.step(job.optimizer)
+        job.scaler.update()
+        _check_scale(job)
+        progress.loss_sum += checked[0].item()
+        progress.images += batch.total
+    progress.step += 1
+    return stopping, due, spent
 
 
 def _skip(job: Job, progress: Progress, batch: Batch, buffers: list[Tensor]) -> None:

@@ -1,9 +1,7 @@
 """The ensemble's mask: each pixel by majority of the members' masks, or by the mean of their probabilities."""
 
 import logging
-import math
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,20 +11,13 @@ from numpy.typing import NDArray
 from stas import paths
 from stas.errors import InputDataError, UsageError
 from stas.images import read_grey, write_mask, write_probability
-from stas.predictions import (
-    Member,
-    building,
-    check_replaceable,
-    digest,
-    in_threads,
-    list_members,
-    log_graded,
-    named,
-    read_member_mask,
-    write_manifest,
-)
+from stas.predictions import Member, digest, list_members, log_graded, read_member_mask
+from stas.publish import Output, building, check_replaceable, named, write_manifest
+from stas.threads import in_threads
 
 log = logging.getLogger(__name__)
+
+MAX_WEIGHT = 1000  # summed over members and times a 16-bit probability it stays far inside 64 bits
 
 Ties = Literal["foreground", "background"]
 
@@ -35,7 +26,7 @@ def vote(
     members: Sequence[Path],
     out: Path,
     ties: Ties | None = None,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[int] | None = None,
     soft: bool = False,
     threshold: float | None = None,
     workers: int | None = None,
@@ -46,7 +37,7 @@ def vote(
         members: directories of mask PNGs with the same stems and sizes; at least two.
         out: the new set, `<stem>.png` (8-bit L, 0/255) and a manifest; an identical earlier vote is kept.
         ties: what a pixel with exactly half of the votes becomes; needed where that can happen.
-        weights: votes of each member, above 0; one each by default. 0.1 + 0.2 ties with 0.3.
+        weights: votes of each member, whole numbers from 1; one each by default.
         soft: foreground is where the (weighted) mean of the members' 16-bit probabilities is above 0.5; writes the
             mean into `probabilities/` too.
         threshold: a member's mask is foreground above this value; above 0 by default (see `read_member_mask`).
@@ -59,16 +50,17 @@ def vote(
         UsageError: options that do not fit together, or a tie that is possible and not decided.
         InputDataError: members whose cases or sizes differ, or without probabilities; names them.
     """
-    votes = _integer_votes(weights, len(members))
+    votes = _votes(weights, len(members))
     _check_options(members, out, votes, ties, soft, threshold)
     listed = list_members(members)
     files = {member.name: _files(member, soft) for member in listed.members}
     hashes = in_threads(digest, [list(files[name].values()) for name in listed.names], "hashing", workers)
     key: dict[str, Any] = {
         "members": [{"name": name, "sha256": value} for name, value in zip(listed.names, hashes, strict=True)],
-        "options": {"votes": [str(count) for count in votes], "ties": ties, "soft": soft, "threshold": threshold},
+        "options": {"votes": votes, "ties": ties, "soft": soft, "threshold": threshold},
     }
-    with building(out, key) as partial:
+    output = Output(out, "vote", key)
+    with building(output) as partial:
         if partial is None:
             log.info("%s: already the vote of these members, nothing to do", out)
             return out
@@ -86,7 +78,7 @@ def vote(
         for name, count in zip(listed.names, graded.sum(axis=0), strict=True):
             log_graded(name, int(count), len(graded))
         images = {stem: {"height": height, "width": width} for stem, (height, width) in listed.sizes.items()}
-        write_manifest(partial, {"run": out.name, "probabilities": soft, "images": images, "key": key})
+        write_manifest(partial, output, label=listed.label, images=images, probabilities=soft)
     print(f"vote of {', '.join(listed.names)}: {len(images)} masks in {out}")
     return out
 
@@ -133,7 +125,7 @@ def _check_options(
 ) -> None:
     if out.resolve() in [member.resolve() for member in members]:
         raise UsageError(f"{out}: is a member and cannot be the vote's own directory: give another")
-    check_replaceable(out)
+    check_replaceable(out, "vote")
     if soft and (ties or threshold is not None):
         raise UsageError(
             "a soft vote takes the pixels whose mean probability is above 0.5: leave out --ties and --threshold"
@@ -145,8 +137,8 @@ def _check_options(
         )
 
 
-def _integer_votes(weights: Sequence[float] | None, members: int) -> list[int]:
-    """Weights as the smallest whole numbers in the same proportion; one each by default."""
+def _votes(weights: Sequence[int] | None, members: int) -> list[int]:
+    """The votes of each member; one each by default."""
     if members < 2:
         raise UsageError(f"{members} member given: a vote needs at least two, and without ties an odd number")
     if weights is None:
@@ -154,16 +146,11 @@ def _integer_votes(weights: Sequence[float] | None, members: int) -> list[int]:
     if len(weights) != members:
         raise UsageError(f"{len(weights)} weights for {members} members: give one weight per member")
     for weight in weights:
-        if not (math.isfinite(weight) and weight > 0):
-            raise UsageError(f"weight {weight}: a weight is a number above 0; leave out a member that has no say")
-    exact = [Fraction(str(weight)) for weight in weights]  # as written: Fraction(0.1) would be a little more than 1/10
-    scale = math.lcm(*(value.denominator for value in exact))
-    votes = [int(value * scale) for value in exact]
-    divisor = math.gcd(*votes)
-    votes = [count // divisor for count in votes]
-    if sum(votes) >= 2**40:  # times 16-bit probabilities this must stay inside 64 bits
-        raise UsageError(f"weights {', '.join(map(str, weights))} are too far apart to be counted: round them")
-    return votes
+        if not 1 <= weight <= MAX_WEIGHT:
+            raise UsageError(
+                f"weight {weight}: give whole numbers from 1 to {MAX_WEIGHT}; leave out a member without a say"
+            )
+    return list(weights)
 
 
 def _files(member: Member, soft: bool) -> dict[str, Path]:

@@ -27,7 +27,7 @@ from unittest.mock import MagicMock
 import pytest
 from torch.utils import tensorboard
 
-from stas import checkpoint, cli, infer, predictions
+from stas import checkpoint, cli, files, infer, threads
 
 CALLS = (
     "open,openat,creat,write,pwrite64,writev,pwritev,fsync,fdatasync,msync,ftruncate,truncate,fallocate,rename,"
@@ -54,6 +54,8 @@ class Inline:
         except Exception as error:
             future.set_exception(error)
         return future
+
+    def shutdown(self, **_: object) -> None: ...
 
     def map(self, function: Callable[..., Any], *items: Any) -> Iterator[Any]:
         return map(function, *items)
@@ -234,7 +236,7 @@ def _child(work: Callable[[Path], None], root: Path, ready: int, go: int, errors
         os.dup2(errors, 1)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
         tensorboard.SummaryWriter = MagicMock(return_value=MagicMock(log_dir="events"))  # its thread writes at any time
-        for module in (checkpoint, infer, predictions):
+        for module in (checkpoint, files, infer, threads):
             module.ThreadPoolExecutor = Inline  # pyright: ignore[reportAttributeAccessIssue]
         code = cli._run(argparse.Namespace(command=lambda _: work(root)))
     except BaseException:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from stas import paths, predictions
+from stas import paths, publish
 from stas.checkpoint import (
     CheckpointWriter,
     clear_up,
@@ -152,7 +152,7 @@ def scenarios(two_images: Path, trained: RunPaths, store_workspace: Workspace, t
         vote_of(root, ties="background", count=2)
 
     def without_exchange(root: Path) -> None:
-        predictions.exchange = lambda *_: False  # as on NFS
+        publish.exchange = lambda *_: False  # as on NFS
         vote_of(root)
 
     def with_scores(root: Path) -> None:

@@ -40,7 +40,8 @@ from stas.job import Progress
 from stas.optim import build_optimizer
 from stas.paths import Workspace, manifest, store_data
 from stas.pickles import convert_weights
-from stas.predictions import is_finished, read_member_mask, write_manifest
+from stas.predictions import read_member_mask
+from stas.publish import Output, check_replaceable, is_finished, write_manifest
 from stas.split import split_samples
 from stas.store import Store, open_store
 from tests import test_store
@@ -362,15 +363,18 @@ def test_fuzz_manifest_of_predictions(referee: Referee, outside: Path):
     directory = outside / "set"
     directory.mkdir()
     key = {"images": {"a": "0"}, "run": "x"}
-    write_manifest(directory, {"key": key, "images": {"a": {"height": 2, "width": 3}}, "probabilities": True})
+    output = Output(directory, "prediction set", key)
+    (directory / "a.png").write_bytes(b"mask")
+    write_manifest(directory, output, label="STAS", images={"a": {"height": 2, "width": 3}}, probabilities=True)
     whole = json.loads(manifest(directory).read_text())
 
     @PROFILE
     @given(json_files([whole]))
     def fuzz(content: bytes) -> None:
         manifest(directory).write_bytes(content)
-        referee.judge(lambda: is_finished(directory, key))
-        referee.judge(lambda: _check_same_images(directory, key))
+        referee.judge(lambda: is_finished(output))
+        referee.judge(lambda: check_replaceable(directory, "prediction set"))
+        referee.judge(lambda: _check_same_images(output))
 
     fuzz()
 

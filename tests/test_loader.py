@@ -1,10 +1,8 @@
-import threading
-
 import pytest
 import torch
 
 from stas.config import Data
-from stas.loader import Pixels, epoch_batches, prefetch, rank_share, steps_per_epoch
+from stas.loader import Pixels, epoch_batches, rank_share, steps_per_epoch
 from stas.store import open_store
 
 
@@ -79,27 +77,6 @@ def test_no_share_of_a_batch_is_a_single_image_unless_all_are(store_workspace, t
     assert last.stems[0] == last.stems[1]
     one = tiny.model_copy(update={"train": tiny.train.model_copy(update={"batch": 1})})
     assert {batch.images.shape[0] for batch in epoch_batches(pixels, range(9), one, 0, 0, 1)} == {1}
-
-
-def test_prefetch_keeps_order_and_passes_errors_on():
-    assert list(prefetch(iter(range(20)))) == list(range(20))
-
-    def failing():
-        yield 1
-        raise ValueError("no")
-
-    items = prefetch(failing())
-    assert next(items) == 1
-    with pytest.raises(ValueError, match="no"):
-        next(items)
-
-
-def test_prefetch_ends_its_thread_when_left_early():
-    before = threading.active_count()
-    items = prefetch(iter(range(1000)))
-    next(items)
-    items.close()
-    assert threading.active_count() == before
 
 
 def test_a_wrong_size_has_no_store(store_workspace):

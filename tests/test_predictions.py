@@ -6,17 +6,8 @@ from PIL import Image
 
 from stas.errors import InputDataError, UsageError
 from stas.images import write_mask
-from stas.predictions import (
-    building,
-    digest,
-    in_threads,
-    is_finished,
-    list_members,
-    log_graded,
-    publish,
-    read_member_mask,
-    write_manifest,
-)
+from stas.predictions import digest, list_members, log_graded, read_member_mask
+from stas.publish import Output, building, write_manifest
 
 MASK = np.array([[0, 1, 1], [0, 0, 1]], bool)
 
@@ -24,13 +15,6 @@ MASK = np.array([[0, 1, 1], [0, 0, 1]], bool)
 def member(directory, stems="ab", shape=(2, 3)):
     for stem in stems:
         write_mask(directory / f"{stem}.png", np.zeros(shape, bool))
-    return directory
-
-
-def result(directory, key="old", stems="a"):
-    """A small finished set of predictions."""
-    member(directory, stems)
-    write_manifest(directory, {"key": {"from": key}, "images": {stem: {"height": 2, "width": 3} for stem in stems}})
     return directory
 
 
@@ -120,69 +104,17 @@ def test_digest_changes_with_content_and_name(tmp_path):
     assert digest(files) == digest(files)
 
 
-def test_finished_needs_the_same_key_and_every_mask(tmp_path):
-    directory = result(tmp_path / "set", stems="ab")
-    assert is_finished(directory, {"from": "old"})
-    assert not is_finished(directory, {"from": "new"})
-    (directory / "b.png").unlink()
-    assert not is_finished(directory, {"from": "old"})
-
-
-def test_finished_compares_keys_as_json_keeps_them(tmp_path):
-    write_manifest(tmp_path, {"key": {"size": (2, 3)}, "images": {}})
-    assert is_finished(tmp_path, {"size": (2, 3)})
-
-
-def test_finished_needs_promised_probabilities(tmp_path):
-    directory = result(tmp_path / "set")
-    write_manifest(directory, {"key": {}, "images": {"a": {}}, "probabilities": True})
-    assert not is_finished(directory, {})
-    member(directory / "probabilities", "a")
-    assert is_finished(directory, {})
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"key": {}}', "null"])
-def test_a_damaged_manifest_is_not_finished(tmp_path, text):
-    (tmp_path / "manifest.json").write_text(text)
-    assert not is_finished(tmp_path, {})
-
-
-def test_publish_replaces_an_older_set_and_leaves_nothing_else(tmp_path):
-    final = result(tmp_path / "set", "old", "ab")
-    publish(result(tmp_path / "partial", "new", "c"), final)
-    assert is_finished(final, {"from": "new"})
-    assert sorted(path.name for path in final.iterdir()) == ["c.png", "manifest.json"]
-    assert [path.name for path in tmp_path.iterdir()] == ["set"]
-
-
-def test_publish_never_removes_what_is_not_ours(tmp_path):
-    partial = result(tmp_path / "partial")
-    precious = tmp_path / "precious"
-    precious.mkdir()
-    (precious / "thesis.txt").write_text("years of work")
-    with pytest.raises(UsageError, match="will not be replaced"):
-        publish(partial, precious)
-    assert (precious / "thesis.txt").read_text() == "years of work"
-    assert partial.is_dir()
-
-
-def test_building_leaves_the_old_set_when_it_fails(tmp_path):
-    final = result(tmp_path / "set")
-    with pytest.raises(ZeroDivisionError), building(final, {}) as partial:
+def published(directory, label):
+    output = Output(directory, "prediction set", {})
+    with building(output) as partial:
         assert partial
-        result(partial, "new")
-        raise ZeroDivisionError
-    assert is_finished(final, {"from": "old"})
-    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+        write_manifest(member(partial), output, label=label)
+    return directory
 
 
-def test_building_refuses_before_any_work(tmp_path):
-    (tmp_path / "set").write_text("a file")
-    with pytest.raises(UsageError, match="not a directory"), building(tmp_path / "set", {}):
-        pytest.fail("the block must not run")
-
-
-def test_in_threads_keeps_order_and_raises():
-    assert in_threads(str, [3, 1, 2], "test", workers=2) == ["3", "1", "2"]
-    with pytest.raises(ZeroDivisionError):
-        in_threads(lambda value: 1 / value, [1, 0], "test")
+def test_the_label_is_that_of_the_manifests(tmp_path):
+    sets = [published(tmp_path / name, "STAS") for name in ("one", "two")]
+    assert list_members([*sets, member(tmp_path / "foreign")]).label == "STAS"
+    assert list_members([tmp_path / "foreign"]).label is None
+    with pytest.raises(InputDataError, match="different labels: STAS in one, tumour in three"):
+        list_members([sets[0], published(tmp_path / "three", "tumour")])

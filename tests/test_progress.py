@@ -1,6 +1,5 @@
 """Metrics, the line per epoch, and the bar."""
 
-import io
 import json
 import math
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from stas.errors import InputDataError
-from stas.progress import MetricsLog, bar, clock, epoch_line, read_metrics, time_left
+from stas.progress import MetricsLog, clock, epoch_line, read_metrics, time_left
 
 
 def _record(epoch: int, **values):
@@ -119,16 +118,3 @@ def test_time_left_is_the_mean_of_recent_epochs_times_those_to_go():
     assert time_left(records, epochs=10) == 6 * 40
     assert time_left(records, epochs=4) == 0
     assert math.isnan(time_left([], epochs=4))
-
-
-@pytest.mark.parametrize(
-    ("terminal", "show", "drawn"), [(True, True, True), (True, False, False), (False, True, False)]
-)
-def test_bar_is_for_terminals_only(monkeypatch: pytest.MonkeyPatch, terminal: bool, show: bool, drawn: bool):
-    screen = io.StringIO()
-    screen.isatty = lambda: terminal
-    monkeypatch.setattr("sys.stderr", screen)
-    assert list(bar(iter("abc"), 3, "epoch 1", show)) == ["a", "b", "c"]
-    assert ("epoch 1" in screen.getvalue()) == drawn
-    if drawn:
-        assert "/3" in screen.getvalue()

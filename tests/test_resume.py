@@ -206,9 +206,9 @@ if "RANK" in os.environ:
     def fail(*_):
         raise KeyError("lost")
 
-    train._backward = wait
+    train.train_step = wait
     if os.environ["RANK"] == "0" and {fails}:
-        train._backward = fail
+        train.train_step = fail
         distributed.dist.destroy_process_group = wait
 """
 
@@ -252,15 +252,15 @@ def test_an_exception_is_logged_with_its_rank(tmp_path: Path):
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """Let the network give NaN in these steps of the run."""
-    backward, count = train_module._backward, [0]
+    step, count = train_module.train_step, [0]
 
-    def with_poison(job, batch):
+    def with_poison(job, progress, batch, *rest):
         count[0] += 1
         if count[0] in steps:
             batch.low.fill_(torch.nan)  # from which the images are scaled
-        return backward(job, batch)
+        return step(job, progress, batch, *rest)
 
-    monkeypatch.setattr(train_module, "_backward", with_poison)
+    monkeypatch.setattr(train_module, "train_step", with_poison)
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_samples(
@@ -301,7 +301,7 @@ def test_memory_that_does_not_suffice_names_what_to_lower(
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(train_module, "_backward", full)
+    monkeypatch.setattr(train_module, "train_step", full)
     with pytest.raises(TrainingError, match=r"4 images of 64 x 64 on each of 1 ranks, peak .*lower train\.batch \(4"):
         train(tiny, store_workspace, "full")
 

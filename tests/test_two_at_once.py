@@ -27,9 +27,10 @@ import sys
 from pathlib import Path
 from stas import distributed
 from stas.errors import StoppedEarly
+from stas.locks import lock
 with distributed.join_ranks() as ranks:
     try:
-        with distributed.locked(Path(sys.argv[1]), ranks, patience=0.3) as held:
+        with distributed.entered_by_first(ranks, lock(Path(sys.argv[1]), patience=0.3)) as held:
             print(f"rank {ranks.rank} works, holds {held is not None}\\n", end="", flush=True)
             distributed.barrier()
     except StoppedEarly as error:
@@ -104,4 +105,4 @@ def test_the_first_rank_takes_the_lock_and_the_others_learn_the_outcome(tmp_path
     leave(path, silent=0)
     first, second = said()
     assert "rank 0 stops" in first and "in use by host node7, process 1, since 2026-01-01" in first
-    assert "rank 1 stops" in second and "the first rank could not take this lock" in second
+    assert "rank 1 stops" in second and "the first rank could not begin" in second

@@ -74,19 +74,18 @@ def test_an_even_number_needs_ties(tmp_path, ties, expected):
 def test_weights_decide(tmp_path):
     trio = members(tmp_path, [[1, 0], [0, 1], [0, 1]])
     assert read(vote(trio, tmp_path / "vote", weights=[3, 1, 1]) / "a.png") == [[255, 0]]
-    assert read(vote(trio, tmp_path / "vote", weights=[1.5, 1, 1]) / "a.png") == [[0, 255]]
+    assert read(vote(trio, tmp_path / "vote", weights=[3, 2, 2]) / "a.png") == [[0, 255]]
 
 
-def test_weights_are_added_exactly(tmp_path):
-    # In binary floating point 0.1 + 0.2 is more than 0.3, and the tie would go unseen.
+def test_weights_that_can_tie_need_ties(tmp_path):
     trio = members(tmp_path, [[1, 0], [1, 0], [0, 1]])
     with pytest.raises(UsageError, match="can tie"):
-        vote(trio, tmp_path / "vote", weights=[0.1, 0.2, 0.3])
-    out = vote(trio, tmp_path / "vote", weights=[0.1, 0.2, 0.3], ties="background")
+        vote(trio, tmp_path / "vote", weights=[1, 2, 3])
+    out = vote(trio, tmp_path / "vote", weights=[1, 2, 3], ties="background")
     assert read(out / "a.png") == [[0, 0]]
 
 
-@pytest.mark.parametrize("weights", [[1, 1], [1, 1, 0], [1, 1, -1], [1, 1, float("nan")], [1, 1, 1e-30]])
+@pytest.mark.parametrize("weights", [[1, 1], [1, 1, 0], [1, 1, -1], [1, 1, 10**6]])
 def test_impossible_weights_are_refused(tmp_path, weights):
     with pytest.raises(UsageError, match="weight"):
         vote(members(tmp_path, [[1], [1], [1]]), tmp_path / "vote", weights=weights)

@@ -6,15 +6,16 @@ from itertools import islice
 import numpy as np
 import torch
 
+from scripts.bench.gpu_steps import step
 from scripts.bench.measure import Row, interleaved
 from scripts.bench.rivals import batches, mask_files, nnunet_rate, original_loader
 from scripts.bench.site import Site, make_store
 from stas.config import load_recipe
 from stas.distributed import Ranks
 from stas.job import set_up
-from stas.loader import Batch, Pixels, epoch_batches, prefetch
+from stas.loader import Batch, Pixels, epoch_batches
 from stas.store import open_store
-from stas.train import _backward
+from stas.threads import prefetch
 from stas.transforms import prepare
 
 CPU = torch.device("cpu")
@@ -48,7 +49,9 @@ def _loading(site: Site) -> Iterator[Row]:
         {
             "stas": lambda: _exhaust(prefetch(epoch_batches(pixels, everything, recipe, 0, 0, 1))),
             "copy": copy,
-            "prepare": lambda: [prepare(batch, recipe) for batch in made],
+            "prepare": lambda: [
+                prepare(batch, recipe.data, recipe.augment, recipe.train.channels_last) for batch in made
+            ],
             "original": lambda: next(rival),
         },
         site.repeats,
@@ -107,8 +110,7 @@ def _beside_the_step(site: Site) -> Row:
 
     def train_on(given: Iterable[Batch]) -> None:
         for batch in given:
-            _backward(job, batch)
-            job.optimizer.step()
+            step(job, batch)
 
     def fresh() -> Iterator[Batch]:
         return islice(epoch_batches(job.pixels, job.training, recipe, 0, 0, 1), steps)

@@ -1,12 +1,14 @@
 """What the GPU's measurements are made of: a training job on made samples, its step, the clock, and the peaks."""
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
+from threading import Event
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,12 +17,13 @@ from scripts.bench.site import Site, multiplied
 from scripts.make_sample import make_sample
 from stas.config import Recipe, load_recipe
 from stas.distributed import Ranks
-from stas.job import Job, set_up
-from stas.loader import Batch, Pixels, epoch_batches, prefetch
+from stas.job import Job, Progress, set_up
+from stas.loader import Batch, Pixels, epoch_batches
 from stas.paths import Workspace
 from stas.preprocess import preprocess
 from stas.resources import GIB
-from stas.train import _backward
+from stas.threads import prefetch
+from stas.train import Clock, train_step
 from stas.transforms import prepare
 
 # Datasheets' dense TFLOP/s of the SXM form where there are several, by part of the device's name, the longest first.
@@ -113,9 +116,7 @@ def resident_batch(job: Job) -> Batch:
 
 def step(job: Job, batch: Batch) -> None:
     """One training step as `stas train` makes it."""
-    _backward(job, batch)
-    job.scaler.step(job.optimizer)
-    job.scaler.update()
+    train_step(job, Progress(), batch, 1, Event(), Clock(0, math.inf, math.inf))
 
 
 def feed(job: Job, on_device: bool, steps: int) -> Callable[[], object]:
@@ -133,7 +134,7 @@ def feed(job: Job, on_device: bool, steps: int) -> Callable[[], object]:
 
 def forward_flops(job: Job, batch: Batch) -> float:
     """Floating-point operations of one image's forward pass, a multiplication and an addition counted as two."""
-    images, _ = prepare(batch, job.recipe)
+    images, _ = prepare(batch, job.recipe.data, job.recipe.augment, job.recipe.train.channels_last)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         job.network(images)
     return counter.get_total_flops() / len(images)

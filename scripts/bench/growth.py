@@ -126,7 +126,9 @@ def _read_batch(store: Store, recipe: Recipe) -> Callable[[], object]:
     """The one batch of an epoch of few samples, read and made ready for the network on the CPU."""
     samples, device = range(len(store)), torch.device("cpu")
     pixels = Pixels(store, samples, device)
-    return lambda: prepare(next(epoch_batches(pixels, samples, recipe, 0, 0, 1)), recipe)
+    return lambda: prepare(
+        next(epoch_batches(pixels, samples, recipe, 0, 0, 1)), recipe.data, recipe.augment, recipe.train.channels_last
+    )
 
 
 def _members(site: Site, panels: dict[str, dict[str, Curve]]) -> Iterator[Row]:

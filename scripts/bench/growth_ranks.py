@@ -14,10 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stas import distributed
 from stas.config import Recipe
-from stas.loader import Pixels, epoch_batches, prefetch
+from stas.loader import Pixels, epoch_batches
 from stas.losses import build_loss
 from stas.optim import build_optimizer
 from stas.store import Store
+from stas.threads import prefetch
 from stas.transforms import prepare
 
 
@@ -54,7 +55,7 @@ def _rank(rank: int, store: Path, recipe: Recipe, samples: int, ranks: int, port
             distributed.barrier()
             began = time.perf_counter()
             for batch in prefetch(epoch_batches(pixels, range(samples), recipe, epoch, joined.rank, joined.size)):
-                images, masks = prepare(batch, recipe)
+                images, masks = prepare(batch, recipe.data, recipe.augment, recipe.train.channels_last)
                 optimizer.zero_grad()
                 loss(parallel(images), masks).mean().backward()
                 optimizer.step()

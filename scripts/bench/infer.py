@@ -15,6 +15,8 @@ from stas.config import load_recipe
 from stas.images import list_images
 from stas.model import build_network
 from stas.paths import Workspace
+from stas.predict import Picture, Settings, predict_logits
+from stas.threads import map_ahead
 
 RUN = "lite0"
 
@@ -33,26 +35,24 @@ def measure(site: Site) -> Iterator[Row]:
     save_checkpoint(workspace.run(RUN).checkpoint("best"), take_snapshot(network, facts))
     files = list_images(images)
     stems = list(files)
-    todo = [stems[first : first + recipe.infer.batch] for first in range(0, count, recipe.infer.batch)]
-    batches = list(stage._batches(todo, files, recipe))
+    settings = Settings.of(recipe, tta=False)
 
-    def read() -> None:
-        for _ in stage._batches(todo, files, recipe):
-            pass
+    def read() -> list[Picture]:
+        return list(map_ahead(lambda stem: stage._read(files[stem], recipe.data), stems, stage.READERS))
+
+    pictures = read()
 
     def forward() -> list[Tensor]:
-        device = torch.device("cpu")
-        return [stage._logits(network, pixels, recipe, False, device) for _, pixels, _ in batches]
+        return [predict_logits(network, picture, settings) for picture in pictures]
 
-    logits = [logit for batch in forward() for logit in batch]
-    sizes = [size for _, _, own in batches for size in own]
+    logits = forward()
 
     def write() -> None:
         shutil.rmtree(place / "masks", ignore_errors=True)
         with ThreadPoolExecutor(2) as pool:
             written = [
-                pool.submit(stage._write, place / "masks", stem, logit, size, 0.5, False)
-                for stem, logit, size in zip(stems, logits, sizes, strict=True)
+                pool.submit(stage._write, place / "masks", stem, logit, 0.5, False)
+                for stem, logit in zip(stems, logits, strict=True)
             ]
         for future in written:
             future.result()
@@ -61,7 +61,7 @@ def measure(site: Site) -> Iterator[Row]:
         shutil.rmtree(workspace.predictions(RUN), ignore_errors=True)
         stage.infer(RUN, images, workspace)
 
-    stages = {"read, decode, resize": read, "network": forward, "resize back, encode, write": write}
+    stages = {"read, decode, resize": read, "network, resize back": forward, "encode, write": write}
     with one_thread():  # or the network takes the cores of the stages beside it, which a GPU leaves alone
         seconds = interleaved({**stages, "infer": whole}, min(3, site.repeats))
     slowest = max(stages, key=lambda name: seconds[name])
