@@ -8,8 +8,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import pytest
 from stas import locks, paths
 from stas.errors import StoppedEarly
 from stas.locks import Holder, lock
+from tests.chaos import why_no_strace
 
 HOLD = """
 import sys, time
@@ -112,6 +114,66 @@ def test_another_machine_lives_by_its_heartbeat(path, caplog):
         assert "taken over from host node7" in caplog.text
 
 
+def test_another_machine_with_the_same_host_name_is_alive(path):
+    """Cloned machines and the pods of a Job share host names, and in containers the pids too."""
+    other = replace(leave(path, 0), host=os.uname().nodename, pid=os.getpid())
+    path.write_text(json.dumps(asdict(other)))
+    with pytest.raises(StoppedEarly, match=f"process {os.getpid()}"), lock(path, patience=0.2):
+        pass
+
+
+def test_a_process_that_proc_hides_lives_by_its_heartbeat(path, monkeypatch):
+    """With hidepid=2, /proc shows other users' processes as missing, but signalling them is "not permitted"."""
+
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "not permitted")
+
+    def leave_hidden(silent: float) -> None:
+        hidden = replace(leave(path, silent, locks._machine()), pid=2**22 + 1)  # above any pid: not in /proc
+        path.write_text(json.dumps(asdict(hidden)))
+        last = time.time() - silent
+        os.utime(path, (last, last))
+
+    monkeypatch.setattr(os, "kill", refuse)
+    leave_hidden(0)
+    with pytest.raises(StoppedEarly), lock(path, patience=0.2):
+        pass
+    leave_hidden(locks.STALE + 5)
+    with lock(path, patience=1):
+        pass
+
+
+def test_a_dead_lock_dated_a_day_ahead_is_not_waited_for_that_long(path, monkeypatch):
+    monkeypatch.setattr(locks, "STALE", 0.3)
+    leave(path, silent=-86400)
+    with lock(path, patience=10):
+        pass
+
+
+def test_a_live_lock_dated_a_day_ahead_is_not_taken_over(path, monkeypatch):
+    monkeypatch.setattr(locks, "STALE", 5.0)
+    leave(path, silent=-86400)
+    clock = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
+    done = threading.Event()
+
+    def beat() -> None:  # the contender sees a beat every 3 seconds of its clock
+        nonlocal clock
+        while not done.wait(0.1):
+            ahead = path.stat().st_mtime + 3
+            os.utime(path, (ahead, ahead))
+            clock += 3
+
+    heart = threading.Thread(target=beat)
+    heart.start()
+    try:
+        with pytest.raises(StoppedEarly, match="host node7"), lock(path, patience=20):
+            pass
+    finally:
+        done.set()
+        heart.join()
+
+
 def test_the_heartbeat_beats(path, monkeypatch):
     monkeypatch.setattr(locks, "HEARTBEAT", 0.05)
     with lock(path):
@@ -162,6 +224,34 @@ def test_a_dead_taker_is_itself_taken_over(path):
     with lock(path, patience=1):
         pass
     assert not list(path.parent.iterdir())
+
+
+@pytest.mark.skipif(bool(why_no_strace()), reason=why_no_strace())
+def test_takeover_needs_only_plain_renames(path):
+    """NFS, SMB and CephFS refuse every flag of renameat2, the exchange of two names among them."""
+    with holder_process(path) as process:
+        process.kill()
+    strace = ["strace", "-qq", "-f", "-e", "trace=renameat2", "-e", "inject=renameat2:error=EINVAL", "-o", os.devnull]
+    taker = subprocess.run([*strace, sys.executable, "-c", HOLD, path, "0"], capture_output=True, text=True, timeout=60)
+    assert taker.stdout == "held\n", taker.stderr
+    assert not list(path.parent.iterdir())
+
+
+def test_a_taker_frozen_in_the_middle_does_not_take_over_from_a_new_holder(path, monkeypatch):
+    dead = leave(path, silent=1000)
+    second = path.with_name(f"{path.name}.{dead.token[:12]}")
+    write, new = locks._write, []
+
+    def freeze(target: Path, mine: Holder) -> None:
+        if second.exists() and not new:  # it has the second lock; while it is frozen, others take over twice
+            new.append(leave(path, silent=0))
+            locks._remove_leftovers(path, new[0])
+        write(target, mine)
+
+    monkeypatch.setattr(locks, "_write", freeze)
+    with pytest.raises(StoppedEarly, match="host node7"), lock(path, patience=0.2):
+        pass
+    assert json.loads(path.read_text())["token"] == new[0].token
 
 
 def test_without_hard_links(path, monkeypatch):
