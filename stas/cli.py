@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stas.errors import (
     EXIT_BAD_INPUT,
@@ -20,6 +21,10 @@ from stas.errors import (
 from stas.files import disk_trouble
 from stas.paths import Workspace, default_workspace, status_file
 from stas.resources import keep_freed_memory
+
+if TYPE_CHECKING:  # loaded when a stage needs it
+    from stas.config import Data
+    from stas.ensemble import Ensemble
 
 EPILOG = (
     "Exit codes: 0 done, 1 failed, 2 wrong option or recipe, 3 bad input data, "
@@ -80,23 +85,26 @@ def _preprocess(options: argparse.Namespace) -> None:
     from stas.config import load_recipe
     from stas.ensemble import load_ensemble
     from stas.preprocess import preprocess
+    from stas.store import dataset
 
     if options.ensemble:
-        # Members that see the same label, size and split share a store.
-        recipes = list(
-            {recipe.data: recipe for recipe in load_ensemble(options.ensemble, options.set).recipes}.values()
-        )
+        recipes = [member.recipe for member in load_ensemble(options.ensemble, options.set).members]
     else:
         recipes = [load_recipe(options.recipe, options.set)]
+    workspace = _workspace(options)
+    stores: dict[Path, list[Data]] = {}
     for recipe in recipes:
+        stores.setdefault(dataset(workspace, recipe.data), []).append(recipe.data)
+    for sharing in stores.values():
         preprocess(
             options.images,
             options.annotations,
-            _workspace(options),
-            recipe,
+            workspace,
+            sharing[0],
             masks=options.masks,
             skip_bad=options.skip_bad,
             workers=options.workers,
+            splits=list(dict.fromkeys(data.split for data in sharing)),
         )
 
 
@@ -106,17 +114,18 @@ def _train(options: argparse.Namespace) -> None:
     from stas.train import train
 
     if options.ensemble:
-        recipe = load_member(options.ensemble, _member(options), options.set)
+        member = load_member(options.ensemble, _member(options), options.set)
+        recipe, run = member.recipe, options.run or member.run
     else:
-        recipe = load_recipe(options.recipe, options.set)
-    train(recipe, _workspace(options), options.run, options.time_limit, options.checkpoint_every)
+        recipe, run = load_recipe(options.recipe, options.set), options.run
+    train(recipe, _workspace(options), run, options.time_limit, options.checkpoint_every)
 
 
 def _infer(options: argparse.Namespace) -> None:
     from stas.ensemble import load_member
     from stas.infer import infer
 
-    run = load_member(options.ensemble, _member(options)).name if options.ensemble else options.run
+    run = load_member(options.ensemble, _member(options)).run if options.ensemble else options.run
     infer(
         run,
         options.images,
@@ -131,7 +140,6 @@ def _infer(options: argparse.Namespace) -> None:
 
 
 def _vote(options: argparse.Namespace) -> None:
-    from stas.ensemble import load_ensemble
     from stas.vote import vote
 
     ties = options.ties
@@ -145,7 +153,7 @@ def _vote(options: argparse.Namespace) -> None:
         workspace = _workspace(options)
         runs = options.runs
         if options.ensemble:
-            ensemble = load_ensemble(options.ensemble)
+            ensemble = _scored_ensemble(options)
             runs, ties = ensemble.runs, ties or ensemble.ties
         members = [workspace.predictions(_set_name(run, options)) for run in runs]
         out = options.out or workspace.predictions(options.name or _set_name("vote", options))
@@ -161,13 +169,12 @@ def _vote(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from stas.ensemble import load_ensemble
     from stas.evaluate import evaluate
 
     predictions = options.predictions
     if options.ensemble:
         workspace = _workspace(options)
-        names = [*load_ensemble(options.ensemble).runs, "vote"]
+        names = [*_scored_ensemble(options).runs, "vote"]
         predictions = [workspace.predictions(_set_name(name, options)) for name in names]
     evaluate(
         predictions,
@@ -186,7 +193,14 @@ def _recipes(options: argparse.Namespace) -> None:
 
     print(recipes())
     for name in ensemble_names():
-        print(f"ensemble {name}: {', '.join(load_ensemble(name).runs)}")
+        runs = load_ensemble(name).runs
+        print(f"ensemble {name}: {len(runs)} members: {', '.join(runs)}")
+
+
+def _members(options: argparse.Namespace) -> None:
+    from stas.ensemble import load_ensemble
+
+    print(*range(len(load_ensemble(options.name).members)))
 
 
 def _weights_fetch(options: argparse.Namespace) -> None:
@@ -194,10 +208,11 @@ def _weights_fetch(options: argparse.Namespace) -> None:
     from stas.ensemble import load_ensemble
     from stas.weights import fetch_weights
 
-    recipes = (
-        [load_recipe(options.recipe)] if options.recipe else load_ensemble(options.ensemble or "reference").recipes
-    )
-    fetch_weights(options.directory, [recipe.model for recipe in recipes], options.allow_pickle)
+    if options.recipe:
+        models = [load_recipe(options.recipe).model]
+    else:
+        models = [member.recipe.model for member in load_ensemble(options.ensemble or "reference").members]
+    fetch_weights(options.directory, models, options.allow_pickle)
 
 
 def _weights_convert(options: argparse.Namespace) -> None:
@@ -224,8 +239,22 @@ def _workspace(options: argparse.Namespace) -> Workspace:
 
 def _member(options: argparse.Namespace) -> int:
     if options.member is None:
-        raise UsageError(f"--ensemble {options.ensemble} needs --member INDEX, from 0: which of its recipes")
+        raise UsageError(f"--ensemble {options.ensemble} needs --member INDEX, from 0: which of its members")
     return options.member
+
+
+def _scored_ensemble(options: argparse.Namespace) -> "Ensemble":
+    """The ensemble to vote on or to score; folds have no held-out images in common."""
+    from stas.ensemble import load_ensemble
+
+    ensemble = load_ensemble(options.ensemble)
+    if options.held_out and ensemble.folds:
+        raise UsageError(
+            f"--held-out: the members of {options.ensemble} hold out one of {ensemble.folds} folds each, and scoring "
+            "all of them out of fold is not possible yet: leave out --held-out, and all members vote on new images; or "
+            "score one fold's own set with `stas evaluate --predictions`"
+        )
+    return ensemble
 
 
 def _set_name(run: str, options: argparse.Namespace) -> str:
@@ -262,6 +291,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_launch(stages)
     command = stages.add_parser("recipes", help="list the recipes with encoder, size and batch; and the ensembles")
     command.set_defaults(command=_recipes)
+    command = stages.add_parser("members", help="the numbers of an ensemble's members, for scripts that train each")
+    command.set_defaults(command=_members)
+    command.add_argument("name", metavar="ENSEMBLE", help="a name that `stas recipes` lists, or a file")
     _add_weights(stages)
     command = stages.add_parser("doctor", help="what this machine can run, and what will go wrong")
     command.set_defaults(command=_doctor)
@@ -283,7 +315,7 @@ def _add_preprocess(stages: "argparse._SubParsersAction[argparse.ArgumentParser]
         "--recipe", default="efficientnet_b6_ns", help="its data section counts (default: %(default)s)"
     )
     _add_set(command)
-    _add_ensemble(command, "make what each of its recipes needs, instead of --recipe")
+    _add_ensemble(command, "make what each of its members needs, instead of --recipe")
     command.add_argument("--masks", type=Path, metavar="DIR", help="also write the masks as PNG")
     command.add_argument("--skip-bad", action="store_true", help="go on without bad pairs instead of exit code 3")
     command.add_argument("--workers", type=int, help="processes (default: all cores)")
@@ -294,10 +326,10 @@ def _add_train(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     command.set_defaults(command=_train)
     which = command.add_mutually_exclusive_group(required=True)
     which.add_argument("--recipe", help="a name that `stas recipes` lists, or a YAML file")
-    _add_ensemble(which, "take the recipe from a list, with --member")
+    _add_ensemble(which, "take recipe and run from a list, with --member")
     _add_member(command)
     _add_workspace(command)
-    command.add_argument("--run", help="name of the run (default: the recipe's)")
+    command.add_argument("--run", help="name of the run (default: the member's or the recipe's)")
     _add_set(command)
     command.add_argument("--time-limit", type=seconds, metavar="TIME", help="all the run may take: 7.5h, 90m, 8:00:00")
     command.add_argument(
@@ -376,7 +408,7 @@ def _add_weights(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     command.add_argument("directory", type=Path, metavar="DIR")
     which = command.add_mutually_exclusive_group()
     which.add_argument("--recipe", help="of this recipe only")
-    _add_ensemble(which, "of its recipes (default: reference)")
+    _add_ensemble(which, "of its members (default: reference)")
     trust = "of makers that you trust: a pickle may hold code"
     command.add_argument("--allow-pickle", action="store_true", help=f"convert pickles where needed, {trust}")
     command = actions.add_parser("convert", help="make weights of your own safetensors, which alone are read")

@@ -1,12 +1,15 @@
 """Recipes: every hyperparameter of a member of the ensemble, in one YAML file.
 
-Precedence, later wins: the defaults in this file < the recipe file < `--set key=value`.
+Precedence, later wins: the defaults in this file < the recipe file < the member's `set` in the ensemble <
+`--set key=value`. A recipe file that `extends` another is that file's values with its own laid over them.
 An unknown or wrong key is refused with the valid ones listed.
 """
 
-from collections.abc import Sequence
+import copy
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -25,6 +28,15 @@ _WEIGHT_SOURCES = {
     "pretrained_cfg_overlay",
     "checkpoint_path",
     "cache_dir",
+}
+
+
+# The keys of data.split that each kind reads.
+_SPLIT_KEYS = {
+    "first": {"kind", "count"},
+    "fraction": {"kind", "fraction", "seed"},
+    "kfold": {"kind", "folds", "fold", "seed"},
+    "list": {"kind", "file"},
 }
 
 
@@ -52,6 +64,10 @@ class Split(Section):
         if self.fold >= self.folds:
             raise ValueError(f"fold {self.fold} of {self.folds} folds: the first fold is 0, the last {self.folds - 1}")
         return self
+
+    def settings(self) -> dict[str, Any]:
+        """The keys that this kind of split reads: two splits that agree in them hold out the same samples."""
+        return self.model_dump(mode="json", include=_SPLIT_KEYS[self.kind])
 
 
 class Data(Section):
@@ -239,31 +255,110 @@ class Recipe(Section):
         return self
 
 
+class _RecipeFile(Recipe):
+    """What a recipe file may say beyond the recipe itself."""
+
+    extends: str | None = None
+
+
 def recipe_names() -> list[str]:
     """The recipes that come with the package."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Load a recipe and apply `--set` overrides.
+def load_recipe(name: str, overrides: Sequence[str] = (), settings: Mapping[str, Any] | None = None) -> Recipe:
+    """Load a recipe, change it as a member of an ensemble does, and apply `--set` overrides.
 
     Args:
         name: the name of a packaged recipe, or the path of a YAML file.
         overrides: strings such as "train.epochs=20"; the value is read as YAML.
+        settings: values by dotted key, such as {"train.epochs": 20}; overrides win over them.
 
     Raises:
         UsageError: no such recipe, or a key or value that is not valid.
     """
+    path = _recipe_path(name)
+    values, source = _read_recipe(path)
+    values.setdefault("name", path.stem)
+    for key, value in (settings or {}).items():
+        _apply(values, key, copy.deepcopy(value), f"set {shown(key)}")
+    for override in overrides:
+        _apply(values, *_read_override(override), f"--set {shown(override)}")
+    return parse_recipe(values, source, _RecipeFile)
+
+
+def recipe_beside(name: str, file: Path, what: str) -> str:
+    """Resolve the name of a recipe that stands in another file, for `load_recipe`.
+
+    Args:
+        name: a packaged recipe's name, or a path relative to `file` that does not lead out of its directory.
+        file: where the name stands.
+        what: what `file` is, for the message.
+
+    Raises:
+        UsageError: the path leads out of the directory.
+    """
+    if name in recipe_names():
+        return name
+    inside = file.parent.resolve()
+    if not Path(os.path.normpath(inside / name)).is_relative_to(inside):
+        raise UsageError(
+            f"{file}: {shown(name)} is outside of the {what}'s directory: put the recipe beside or below it"
+        )
+    return str(file.parent / name)
+
+
+def is_section(key: str) -> bool:
+    """Whether a dotted key names a section of a recipe, such as data.split, and not a value."""
+    section: Any = Recipe
+    for part in key.split("."):
+        known = isinstance(section, type) and issubclass(section, Section) and part in section.model_fields
+        section = section.model_fields[part].annotation if known else None
+    return isinstance(section, type) and issubclass(section, Section)
+
+
+def _recipe_path(name: str) -> Path:
     path = RECIPES / f"{name}.yaml" if name in recipe_names() else Path(name)
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
         raise UsageError(f"no recipe {name!r}: give a YAML file, or one of {', '.join(recipe_names())}")
+    return path
+
+
+def _read_recipe(path: Path) -> tuple[dict[str, Any], str]:
+    """A recipe file's values, laid over those of the recipe that it extends; and the file's name for messages."""
+    values = _read_mapping(path)
+    if "extends" not in values:
+        return values, str(path)
+    name = values.pop("extends")
+    if not isinstance(name, str):
+        raise UsageError(f"{path}: extends = {shown(name)}: give the name of one recipe, such as lite0")
+    base_path = _recipe_path(recipe_beside(name, path, "recipe"))
+    base = _read_mapping(base_path)
+    if "extends" in base:  # one level, so that a reader finds every value in two files
+        raise UsageError(
+            f"{path}: extends {shown(name)}, which itself extends {shown(base['extends'])}: extend a recipe that "
+            "extends no other, and write what differs from it"
+        )
+    for own in ("name", "summary"):
+        base.pop(own, None)
+    return _laid_over(base, values), f"{path} (extends {name})"
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
     values = read_yaml(path)
     if not isinstance(values, dict):
         raise UsageError(f"{path}: a recipe is a mapping of sections, found {type(values).__name__}: see stas/recipes")
-    values.setdefault("name", path.stem)
-    for override in overrides:
-        _apply(values, override)
-    return parse_recipe(values, str(path))
+    return values
+
+
+def _laid_over(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """The union of two nested mappings; where both have a value, that of `values`."""
+    both = {
+        key: _laid_over(base[key], value)
+        for key, value in values.items()
+        if isinstance(value, dict) and isinstance(base.get(key), dict)
+    }
+    return base | values | both
 
 
 def read_yaml(path: Path) -> Any:
@@ -282,8 +377,8 @@ def read_yaml(path: Path) -> Any:
         ) from error
 
 
-def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
-    """Validate a recipe that stands in `source` (named in errors).
+def parse_recipe(values: dict[str, Any], source: str, listed: type[Section] = Recipe) -> Recipe:
+    """Validate a recipe that stands in `source` (named in errors, which list the keys of `listed` as valid).
 
     Raises:
         UsageError: lists every wrong key with its value, the requirement, and for unknown keys the valid ones.
@@ -291,7 +386,7 @@ def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UsageError(f"{source}: not a valid recipe:\n{explain(error, Recipe)}") from None  # it repeats the input
+        raise UsageError(f"{source}: not a valid recipe:\n{explain(error, listed)}") from None  # it repeats the input
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -322,20 +417,25 @@ def recipes() -> str:
     )
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
-    """Set one dotted key of the nested mapping `values` in place."""
+def _read_override(override: str) -> tuple[str, Any]:
+    """The dotted key and the value of a `--set`."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UsageError(f"--set {shown(override)}: write key=value, such as train.epochs=20")
+    try:
+        return key, parse_yaml(text)
+    except ValueError as error:
+        raise UsageError(f"--set {shown(override)}: the value is not readable as YAML ({error})") from error
+
+
+def _apply(values: dict[str, Any], key: str, value: Any, source: str) -> None:
+    """Set one dotted key of the nested mapping `values` in place; `source` is where it was said."""
     *sections, last = key.split(".")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise UsageError(f"--set {shown(override)}: {section!r} is a value, not a section")
-    try:
-        values[last] = parse_yaml(text)
-    except ValueError as error:
-        raise UsageError(f"--set {shown(override)}: the value is not readable as YAML ({error})") from error
+            raise UsageError(f"{source}: {section!r} is a value, not a section")
+    values[last] = value
 
 
 def explain(error: ValidationError, model: type[Section]) -> str:
@@ -352,7 +452,7 @@ def _explain(problem: Any, model: type[Section]) -> str:
     if problem["type"] == "extra_forbidden":
         section: Any = model
         for part in sections:
-            section = section.model_fields[part].annotation
+            section = get_args(section)[0] if isinstance(part, int) else section.model_fields[part].annotation
         return f"{key}: unknown key; valid here: {', '.join(section.model_fields)}"
     message = problem["msg"].removeprefix("Value error, ")
     if isinstance(problem["input"], dict):

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stas.annotations import Annotation, rasterise, read_labelme
-from stas.config import Data, Recipe
+from stas.config import Data, Split
 from stas.errors import InputDataError, UsageError
 from stas.files import remove_leftovers
 from stas.images import read_grey, read_image, write_mask
@@ -22,7 +22,7 @@ from stas.paths import lock as lock_of
 from stas.predictions import read_member_mask
 from stas.resources import cores
 from stas.split import split_samples
-from stas.store import Skipped, Store, point_to, points_to
+from stas.store import Skipped, Store, dataset, point_to, points_to
 from stas.store_writer import Record, Source, build_store, make_record
 from stas.threads import bar
 from stas.workers import records
@@ -43,10 +43,11 @@ def preprocess(
     images: Sequence[Path],
     annotations: Sequence[Path],
     workspace: Workspace,
-    recipe: Recipe,
+    data: Data,
     masks: Path | None = None,
     skip_bad: bool = False,
     workers: int | None = None,
+    splits: Sequence[Split] = (),
 ) -> Path:
     """Make the store for a recipe's label and size, unless it is there.
 
@@ -54,25 +55,25 @@ def preprocess(
         images: directories of images; a stem may stand in only one of them.
         annotations: directories of LabelMe JSON files and of mask PNGs, each with the stem of its image.
         workspace: where the store goes.
-        recipe: its data section counts.
+        data: the recipe's section.
         masks: a directory that gets each sample's mask as PNG at the image's own size.
         skip_bad: leave bad pairs out and list them in the manifest, instead of failing.
         workers: processes; by default one for each core this process may use.
+        splits: those of all recipes that share the store, which must suit its samples; by default that of `data`.
 
     Returns:
         The store's directory.
 
     Raises:
         InputDataError: bad pairs, all of them listed with file, reason and remedy; nothing is stored then.
-        UsageError: no shape has the label, or the recipe's split does not suit the samples (the store is kept).
+        UsageError: no shape has the label, or a split does not suit the samples (the store is kept).
     """
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers}: must be 1 or more")
-    data = recipe.data
-    workspace.dataset(data.label, data.size)  # refuses a label that no file can be named after, before the work
+    dataset(workspace, data)  # refuses a label that no file can be named after, before the work
     pairs, bad = find_pairs(images, annotations)
     directory = workspace.store(store_key(data.label, data.size, pairs, bad))
-    pointer = workspace.dataset(data.label, data.size)
+    pointer = dataset(workspace, data)
     with nullcontext() if _is_settled(pointer, directory) else lock(lock_of(pointer)) as held:
         if held:
             for made in (directory, pointer):
@@ -88,8 +89,8 @@ def preprocess(
     if masks is not None:
         _write_masks(store, masks)
     _report(store)
-    training, validation = split_samples(store.samples, data.split)
-    print(f"split  {data.split.kind}: {len(training)} for training, {len(validation)} for validation")
+    for split in splits or [data.split]:
+        _report_split(store, split)
     return directory
 
 
@@ -243,3 +244,10 @@ def _report(store: Store) -> None:
         f"       foreground {shares.min():.2f} to {shares.max():.2f} % of an image, median {np.median(shares):.2f} %; "
         f"{np.count_nonzero(shares == 0)} without any"
     )
+
+
+def _report_split(store: Store, split: Split) -> None:
+    """Print how a split divides the samples; refuse one that does not suit them."""
+    training, validation = split_samples(store.samples, split)
+    fold = f" {split.fold} of {split.folds}" if split.kind == "kfold" else ""
+    print(f"split  {split.kind}{fold}: {len(training)} for training, {len(validation)} for validation")

@@ -249,6 +249,11 @@ class Store:
         return copy
 
 
+def dataset(workspace: Workspace, data: Data) -> Path:
+    """The pointer to the newest store for a recipe; recipes of one pointer share a store, whatever their splits."""
+    return workspace.dataset(data.label, data.size)
+
+
 def open_store(workspace: Workspace, data: Data) -> Store:
     """Open the newest store for a recipe's label and size.
 
@@ -256,7 +261,7 @@ def open_store(workspace: Workspace, data: Data) -> Store:
         UsageError: there is none.
         InputDataError: the pointer to it or the store is damaged.
     """
-    pointer = workspace.dataset(data.label, data.size)
+    pointer = dataset(workspace, data)
     if not pointer.is_file():
         raise UsageError(
             f"{pointer}: no store of label {data.label} at {data.size[0]} x {data.size[1]} pixels: "

@@ -45,8 +45,8 @@ def test_recipes_are_listed_with_network_size_and_batch(capsys: pytest.CaptureFi
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:-2]] == recipe_names()
     assert lines[-2:] == [
-        "ensemble reference: efficientnet_b6_ns, efficientnetv2_m, eca_nfnet_l2",
-        "ensemble small: lite0, lite0_fpn, lite0_pan",
+        "ensemble reference: 3 members: efficientnet_b6_ns, efficientnetv2_m, eca_nfnet_l2",
+        "ensemble small: 3 members: lite0, lite0_fpn, lite0_pan",
     ]
     b6 = next(line for line in lines if line.startswith("efficientnet_b6_ns"))
     assert "DeepLabV3Plus" in b6 and "800 x 800" in b6 and " 16 " in b6

@@ -35,6 +35,14 @@ def test_the_reference_recipes_are_exact(name):
     assert (recipe.train.epochs, recipe.infer.threshold) == (500, 0.5)
 
 
+def test_the_reference_recipes_differ_only_in_encoder_and_batch():
+    first, *others = (load_recipe(name) for name in REFERENCE)
+    for recipe in others:
+        changes = [f"name={recipe.name}", f"summary={recipe.summary}"]
+        changes += [f"model.encoder={recipe.model.encoder}", f"train.batch={recipe.train.batch}"]
+        assert recipe == load_recipe(first.name, changes)
+
+
 def test_precedence_is_defaults_then_file_then_set(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("train: {batch: 3, epochs: 7}\n")
@@ -49,6 +57,44 @@ def test_precedence_is_defaults_then_file_then_set(tmp_path):
         (64, 96),
     )
     assert changed.name == "mine"
+
+
+def test_a_recipe_that_extends_another_says_only_what_differs(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: lite0\nmodel: {architecture: FPN}\ntrain: {epochs: 3}\n")
+    expected = load_recipe("lite0", ["model.architecture=FPN", "train.epochs=3", "name=mine", "summary=''"])
+    assert load_recipe(str(path)) == expected
+    (tmp_path / "other.yaml").write_text("name: other\nloss: {bce: 1.0, dice: 0.5}\noptimizer: {lr: 0.1}\n")
+    path.write_text("extends: other.yaml\nloss: {dice: 2.0}\n")
+    assert load_recipe(str(path), ["optimizer.lr=0.2"]) == load_recipe(
+        str(tmp_path / "other.yaml"), ["name=mine", "loss.dice=2.0", "optimizer.lr=0.2"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("extends: lite9", "no recipe"),
+        ("extends: ../lite0.yaml", "'../lite0.yaml' is outside of the recipe's directory"),
+        ("extends: [lite0]", r"extends = \['lite0'\]: give the name of one recipe"),
+        ("extends: lite0_fpn", "which itself extends 'lite0': extend a recipe that extends no other"),
+        ("extends: mine.yaml", "which itself extends 'mine.yaml'"),
+        ("extends: lite0\ntrain: {epoch: 3}", r"mine.yaml \(extends lite0\): .*\n.*train.epoch: unknown key"),
+        ("extend: lite0", "extend: unknown key; valid here: name, summary, .*, extends"),
+    ],
+)
+def test_what_a_recipe_cannot_extend_is_refused(tmp_path, text, said):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(UsageError, match=said):
+        load_recipe(str(tmp_path / "mine.yaml"))
+
+
+def test_the_small_recipes_differ_only_in_architecture():
+    for name, architecture in (("lite0_fpn", "FPN"), ("lite0_pan", "PAN")):
+        recipe = load_recipe(name)
+        changes = [f"model.architecture={architecture}", f"name={name}", f"summary={recipe.summary}"]
+        assert recipe == load_recipe("lite0", changes)
+        assert recipe.summary.endswith(architecture)
 
 
 def test_unknown_keys_are_refused_with_the_valid_ones():

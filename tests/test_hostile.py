@@ -349,6 +349,7 @@ def test_fuzz_setting(referee: Referee):
 def test_fuzz_ensemble(referee: Referee, outside: Path):
     path = outside / "a.yaml"
     texts = [file.read_text() for file in ENSEMBLES.glob("*.yaml")]
+    texts.append("members: [lite0, {recipe: lite0, run: slow, set: {optimizer.lr: 1, data.split.seed: 2}}]\nfolds: 2")
 
     @PROFILE
     @given(yaml_files(texts) | TEXTS.map(lambda text: json.dumps({"members": ["lite0", text]}).encode()))

@@ -102,7 +102,7 @@ def test_every_overlay_has_all_stages(overlay: list[Manifest]):
 
 def test_number_of_members(overlay: list[Manifest]):
     ensemble = config(overlay)["ENSEMBLE"]
-    members = len(load_ensemble(ensemble).recipes)
+    members = len(load_ensemble(ensemble).members)
     line = where("base/train.yaml", "completions:")
     jobset = [each for each in overlay if each["kind"] == "JobSet"]
     counts = {}

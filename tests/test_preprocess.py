@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from stas.cli import main
 from stas.config import Recipe, load_recipe
 from stas.errors import InputDataError, UsageError
 from stas.images import read_grey, read_image, write_mask
@@ -58,7 +59,7 @@ class Cases:
         self.json(stem, *shapes, **values)
 
     def run(self, *changes: str, workers: int | None = 1, **options) -> Store:
-        inputs = [self.images], [self.annotations], self.workspace, recipe(*changes)
+        inputs = [self.images], [self.annotations], self.workspace, recipe(*changes).data
         return Store(preprocess(*inputs, workers=workers, **options))
 
     def problem(self, **options) -> str:
@@ -163,7 +164,7 @@ def test_masks_as_annotations(cases):
     """The masks of a store make the same samples again."""
     masks = cases.root / "masks"
     first = cases.run(masks=masks)
-    again = Store(preprocess([cases.images], [masks], cases.workspace, recipe(), workers=1))
+    again = Store(preprocess([cases.images], [masks], cases.workspace, recipe().data, workers=1))
     assert [entry["sha256"] for entry in again.samples] == [entry["sha256"] for entry in first.samples]
     assert again.key != first.key
 
@@ -174,17 +175,17 @@ def test_several_directories(cases, tmp_path):
     extra.image("pseudo")
     write_mask(extra.annotations / "pseudo.png", expected_mask(3, 3, 8, 8))
     images, annotations = [cases.images, extra.images], [cases.annotations, extra.annotations]
-    store = Store(preprocess(images, annotations, cases.workspace, recipe(), workers=1))
+    store = Store(preprocess(images, annotations, cases.workspace, recipe().data, workers=1))
     assert [(entry["stem"], entry["area"]) for entry in store.samples] == [("good", 200), ("more", 25), ("pseudo", 36)]
     (extra.images / "pseudo.png").rename(extra.images / "good.png")
     with pytest.raises(InputDataError, match="share the stem 'good'"):
-        preprocess(images, annotations, cases.workspace, recipe(), workers=1)
+        preprocess(images, annotations, cases.workspace, recipe().data, workers=1)
 
 
 def test_json_beside_the_images(cases):
     for path in cases.annotations.iterdir():
         path.rename(cases.images / path.name)
-    store = Store(preprocess([cases.images], [cases.images], cases.workspace, recipe(), workers=1))
+    store = Store(preprocess([cases.images], [cases.images], cases.workspace, recipe().data, workers=1))
     assert [entry["area"] for entry in store.samples] == [200, 25]
 
 
@@ -411,7 +412,7 @@ def test_nothing_usable(tmp_path):
     cases.pair("bad", imageHeight=1, imageWidth=1)
     assert "no usable pair" in cases.problem(skip_bad=True)
     with pytest.raises(InputDataError, match="not a directory"):
-        preprocess([cases.images], [tmp_path / "gone"], cases.workspace, recipe())
+        preprocess([cases.images], [tmp_path / "gone"], cases.workspace, recipe().data)
 
 
 def test_a_misspelt_label_is_refused_with_those_that_are_there(cases):
@@ -434,7 +435,7 @@ def test_two_at_once(cases):
         "import sys; from pathlib import Path; from stas.config import load_recipe; from stas.paths import Workspace\n"
         "from stas.preprocess import preprocess\n"
         "i, a, w = map(Path, sys.argv[1:])\n"
-        "preprocess([i], [a], Workspace(w), load_recipe('lite0', ['data.split.kind=fraction']), workers=1)"
+        "preprocess([i], [a], Workspace(w), load_recipe('lite0', ['data.split.kind=fraction']).data, workers=1)"
     )
     arguments = [sys.executable, "-c", command, cases.images, cases.annotations, cases.workspace.root]
     both = [subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
@@ -492,3 +493,28 @@ def test_image_bytes_change_between_hash_and_decode(cases, monkeypatch):
 
     monkeypatch.setattr(Image, "open", change_first)
     assert "changed while being read: run the command again" in cases.problem().replace(". Remedy", "")
+
+
+def test_members_that_differ_in_split_share_a_store(cases: Cases, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    ensemble = tmp_path / "folds.yaml"
+    command = ["preprocess", "--images", str(cases.images), "--annotations", str(cases.annotations), "--workers", "1"]
+    command += ["--workspace", str(cases.workspace.root), "--ensemble", str(ensemble), "--set", "data.size=32"]
+    ensemble.write_text("members: [lite0, lite0_fpn]\nfolds: 2\n")
+    assert main(command) == 0
+    lines = [line.split()[:5] for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in lines if line[0] == "split"] == [["split", "kfold", f"{i}", "of", "2:"] for i in (0, 1)]
+    assert sum(line[0] == "store" for line in lines) == 1
+    ensemble.write_text("members: [lite0]\nfolds: 3\n")  # of two samples
+    assert main(command) == 2
+    assert "data.split takes fold 2 of 3 of 2 samples" in capsys.readouterr().err
+
+
+def test_an_ensemble_gets_a_store_for_each_size(cases: Cases, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    ensemble = tmp_path / "sizes.yaml"
+    sizes = [f"{{recipe: lite0, run: m{size}, set: {{data.size: {size}}}}}" for size in (32, 64)]
+    ensemble.write_text(f"members: [{', '.join(sizes)}]\n")
+    command = ["preprocess", "--images", str(cases.images), "--annotations", str(cases.annotations), "--workers", "1"]
+    assert main([*command, "--workspace", str(cases.workspace.root), "--ensemble", str(ensemble)]) == 0
+    said = capsys.readouterr().out
+    assert said.count("label STAS, 32 x 32 pixels") == said.count("label STAS, 64 x 64 pixels") == 1
+    assert all(open_store(cases.workspace, load_recipe("lite0", [f"data.size={size}"]).data) for size in (32, 64))

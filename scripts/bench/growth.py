@@ -101,7 +101,7 @@ def _size(site: Site, panels: dict[str, dict[str, Curve]]) -> Iterator[Row]:
     timed: dict[str, Callable[[], object]] = {}
     for size in sizes:
         recipe = load_recipe("efficientnet_b6_ns", [f"data.size={size}", f"train.batch={batch}", *CHANGES])
-        store = Store(preprocess([images], [annotations], Workspace(root), recipe, workers=1))
+        store = Store(preprocess([images], [annotations], Workspace(root), recipe.data, workers=1))
         timed[f"store {size}"] = _store_sample(Task(pairs[0], "STAS", (size, size)))
         timed[f"read {size}"] = _read_batch(store, recipe)
     medians = interleaved(timed, site.repeats)
