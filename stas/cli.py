@@ -78,7 +78,9 @@ def _fail(error: Exception | str, code: int) -> int:
 def _launch(options: argparse.Namespace) -> int:
     from stas.launch import launch
 
-    return launch(options.stage, options.processes, options.nodes, options.rendezvous, options.job, options.node)
+    return launch(
+        options.stage, main, check, options.processes, options.nodes, options.rendezvous, options.job, options.node
+    )
 
 
 def _preprocess(options: argparse.Namespace) -> None:

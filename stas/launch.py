@@ -8,13 +8,12 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
 from types import FrameType
 
-from stas.cli import check, main
 from stas.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, EXIT_RESUMABLE, EXIT_USAGE, StoppedEarly, UsageError
 from stas.paths import STATUS_DIRECTORY
 from stas.resources import cores
@@ -32,6 +31,8 @@ BEREAVED_TIMEOUT = 20
 
 def launch(
     stage: Sequence[str],
+    run: Callable[[Sequence[str]], int],
+    check: Callable[[Sequence[str]], None],
     processes: int | None = None,
     nodes: int = 1,
     rendezvous: str | None = None,
@@ -42,6 +43,8 @@ def launch(
 
     Args:
         stage: the stage with its arguments, as after `stas`.
+        run: runs a stage in this process and returns its exit code.
+        check: ends this process where the arguments are wrong, so that every rank need not say so.
         processes: ranks on this node; None: one for each GPU, or one where there is none.
         nodes: nodes of the job; each runs this same command.
         rendezvous: host:port of one of the nodes, where they meet; needed for several.
@@ -61,10 +64,10 @@ def launch(
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGUSR1, _stop)
     if not stage or stage[0] not in RANKED:
-        return main(stage)
+        return run(stage)
     count = processes or _gpus() or 1
     if count * nodes == 1:
-        return main(stage)
+        return run(stage)
     check(stage)
     place = ["--standalone"]
     if rendezvous and job:
@@ -93,7 +96,8 @@ def gravest(codes: Sequence[int | None], stopped: bool) -> int:
 def _torchrun(options: list[str], stage: Sequence[str], count: int) -> int:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import get_args_parser, parse_args, run
+    from torch.distributed.run import get_args_parser, parse_args
+    from torch.distributed.run import run as torchrun
 
     # Half of the cores would idle with torchrun's default of one thread a rank.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
@@ -109,7 +113,7 @@ def _torchrun(options: list[str], stage: Sequence[str], count: int) -> int:
         watch.start()
         try:
             # "--" keeps torchrun from reading the stage's options as its own.
-            run(parse_args([*options, "-m", "--", "stas", *stage]))
+            torchrun(parse_args([*options, "-m", "--", "stas", *stage]))
         except (SignalException, StoppedEarly):
             stopped = True
         except ChildFailedError as error:
