@@ -29,6 +29,9 @@ A recipe is a YAML file: one mapping, with a section for each part. Every key is
 default below. Unknown keys and wrong values are refused, and the message lists what is valid. `stas recipes` lists the
 recipes that come with the package; `--recipe` also takes the path of a file.
 
+A file that says `extends: NAME` is that recipe with its own keys laid over it. `NAME` is a recipe of the package, or a
+path beside or below the file, and extends no other itself.
+
 Later wins: defaults < recipe file < the member's `set` in an ensemble file < `--set section.key=value`. The value after
 `=` is read as YAML, so a list is `--set 'data.size=[352, 640]'`.
 """

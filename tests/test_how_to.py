@@ -16,7 +16,7 @@ from stas.cli import main
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 # What makes training take a second; a page's own settings come first, and nothing in a page may set these.
-SMALL = ("--set", "data.size=[128, 128]", "--set", "train.epochs=1", "--set", "train.batch=2")
+SMALL = ("--set", "data.size=[128, 128]", "--set", "train.epochs=1", "--set", "train.batch=4")
 # In the page's shell `stas` only notes what it is asked to do, so that torch is loaded once for all commands: here.
 # What prints something for the shell to use runs at once.
 SHELL = """
