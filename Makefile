@@ -1,6 +1,7 @@
 # `make help` lists the targets.
 PYTHON ?= python3
 VENV := .venv
+COVERAGE ?=  # of `make test`, such as --cov=stas
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
@@ -22,7 +23,7 @@ demo: install  ## train, vote and score on a made sample, or on DATA=DIR with Tr
 	scripts/demo .demo/$(if $(DATA),data,sample) $(DATA)
 
 test: install  ## run all tests
-	$(VENV)/bin/pytest -n auto -m "not cluster and not chaos"
+	$(VENV)/bin/pytest -n auto -m "not cluster and not chaos" $(COVERAGE)
 	$(VENV)/bin/pytest -m cluster -rs
 
 quick: install  ## run the tests that take seconds

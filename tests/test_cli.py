@@ -1,7 +1,11 @@
 """The command line: its speed, its refusals and its exit codes."""
 
+import os
+import re
 import subprocess
 import sys
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +28,34 @@ def test_help_names_every_command_and_loads_no_heavy_package():
     words = output.split()
     assert all(stage in words for stage in STAGES)
     assert "75 stopped early" in " ".join(words)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_version_is_that_of_pyproject(
+    installed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    written = re.search(r'^version = "(.*)"', (Path(__file__).parents[1] / "pyproject.toml").read_text(), re.MULTILINE)
+    assert written
+
+    def missing(_: str) -> str:
+        raise metadata.PackageNotFoundError
+
+    monkeypatch.setattr(metadata, "version", (lambda _: written[1]) if installed else missing)
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"stas {written[1]}\n"
+
+
+def test_the_shell_completes_commands_and_options(tmp_path: Path):
+    def completions(line: str) -> list[str]:
+        out = tmp_path / "completions"
+        asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "COMP_LINE": line, "COMP_POINT": str(len(line))}
+        environment = os.environ | asked | {"_ARGCOMPLETE_STDOUT_FILENAME": str(out)}
+        subprocess.run([sys.executable, "-m", "stas"], env=environment, check=True, timeout=60)
+        return [word.strip() for word in out.read_text().splitlines()]
+
+    assert completions("stas pre") == ["preprocess"]
+    assert set(completions("stas vote --wei")) == {"--weights"}
 
 
 @pytest.mark.parametrize(
