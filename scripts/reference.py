@@ -14,7 +14,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from stas.cli import EPILOG, _parser
+from stas.arguments import EPILOG, build_parser
 from stas.config import MANY, Recipe
 from stas.files import write_text
 
@@ -51,7 +51,7 @@ def recipe_page() -> str:
 
 def command_page() -> str:
     """The page of every command and option."""
-    return COMMAND_HEAD + "".join(_command(_parser()))
+    return COMMAND_HEAD + "".join(_command(build_parser()))
 
 
 def main() -> None:

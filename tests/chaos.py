@@ -238,7 +238,7 @@ def _child(work: Callable[[Path], None], root: Path, ready: int, go: int, errors
         tensorboard.SummaryWriter = MagicMock(return_value=MagicMock(log_dir="events"))  # its thread writes at any time
         for module in (checkpoint, files, infer, threads):
             module.ThreadPoolExecutor = Inline  # pyright: ignore[reportAttributeAccessIssue]
-        code = cli._run(argparse.Namespace(command=lambda _: work(root)))
+        code = cli._run(lambda _: work(root), argparse.Namespace())
     except BaseException:
         traceback.print_exc()
     finally:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from stas.cli import main, seconds
+from stas.arguments import seconds
+from stas.cli import main
 from stas.config import recipe_names
 from stas.errors import StoppedEarly
 

@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 from pydantic import BaseModel
 
-from stas.cli import _parser, seconds
+from stas.arguments import build_parser, seconds
 from stas.config import Recipe
 from stas.ensemble import load_ensemble
 from stas.errors import EXIT_BAD_INPUT, EXIT_RESUMABLE, EXIT_USAGE
@@ -173,7 +173,7 @@ def stage_of(container: Manifest, settings: dict[str, str]) -> list[str]:
     known = settings | {"JOB_COMPLETION_INDEX": "0", "MEMBER": "0"}
     words = [expand(word, known) for word in container["args"]]
     assert not [word for word in words if "$(" in word], words
-    return _parser().parse_args(["launch", *words]).stage
+    return build_parser().parse_args(["launch", *words]).stage
 
 
 def test_every_container_ends_in_the_one_entry_point(overlay: list[Manifest]):
@@ -182,7 +182,7 @@ def test_every_container_ends_in_the_one_entry_point(overlay: list[Manifest]):
         for container in containers(pod):
             assert "command" not in container, "the image's entry point runs `stas launch`"
             stage = stage_of(container, config(overlay))
-            _parser().parse_args(stage)  # else it exits
+            build_parser().parse_args(stage)  # else it exits
             found.append(stage[0])
     assert set(found) == {"preprocess", "train", "infer", "vote", "evaluate"}
 

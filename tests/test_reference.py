@@ -7,7 +7,7 @@ import pytest
 from pydantic import BaseModel
 
 from scripts.reference import DIRECTORY, command_page, recipe_page
-from stas.cli import _parser
+from stas.arguments import build_parser
 from stas.config import Recipe, parse_recipe
 
 AGAIN = "make it again with `python -m scripts.reference`"
@@ -42,7 +42,7 @@ def commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
     return direct + [below for command in direct for below in commands(command)]
 
 
-@pytest.mark.parametrize("command", commands(_parser()), ids=lambda command: command.prog)
+@pytest.mark.parametrize("command", commands(build_parser()), ids=lambda command: command.prog)
 def test_every_option_of_a_command_stands_in_its_section(command: argparse.ArgumentParser):
     section = command_page().split(f"\n## {command.prog}\n")[1].split("\n## ")[0]
     told = [flag for action in command._actions for flag in action.option_strings if flag not in ("-h", "--help")]
