@@ -18,7 +18,7 @@ from stas.config import Recipe, dump_recipe, parse_recipe
 from stas.distributed import Ranks
 from stas.errors import StoppedEarly, UsageError
 from stas.files import write_json, write_text
-from stas.loader import Pixels
+from stas.loader import SampleCache
 from stas.losses import build_loss
 from stas.model import Compiled, build_network
 from stas.optim import build_optimizer
@@ -73,7 +73,7 @@ class Job:
     run: RunPaths
     ranks: Ranks
     store: Store
-    pixels: Pixels
+    pixels: SampleCache
     training: list[int]  # positions in the store
     validation: list[int]
     network: nn.Module
@@ -148,7 +148,7 @@ def set_up(
     log.info("%s: %d ranks on %s", paths.root, ranks.size, ranks.device.type)
     parallel = _parallel(network, recipe, ranks, limit - progress.elapsed)
     loss = build_loss(recipe.loss)
-    pixels = Pixels(store, training, ranks.device)
+    pixels = SampleCache(store, training, ranks.device)
     job = Job(recipe, paths, ranks, store, pixels, training, validation, network, parallel, optimizer, scaler, loss)
     return job, progress
 

@@ -1,3 +1,5 @@
+from itertools import islice
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from monai.transforms.spatial.array import Resize
 from monai.transforms.utility.array import EnsureChannelFirst
 
 from stas.config import Data, Recipe, Train
-from stas.loader import Pixels, epoch_batches
+from stas.loader import SampleCache, epoch_batches
 from stas.store import area_resize, open_store
 from stas.transforms import as_input, normalise, prepare, scale_intensity
 
@@ -60,7 +62,8 @@ def test_the_network_gets_the_recipes_memory_format(channels_last):
 def test_training_and_inference_see_the_same_where_nothing_is_changed(store_workspace, tiny):
     plain = tiny.model_copy(update={"augment": type(tiny.augment)()})
     store = open_store(store_workspace, plain.data)
-    batch = next(epoch_batches(Pixels(store, range(10), torch.device("cpu")), range(10), plain, 0, 0, 1))
+    pixels = SampleCache(store, range(10), torch.device("cpu"))
+    batch = next(epoch_batches(pixels, range(10), plain.train, plain.augment, 0, 0, 1))
     images, masks = prepare(batch, plain)
     assert torch.equal(images, as_input(batch.images, batch.low, batch.high, plain))
     assert images.shape == (4, 3, 64, 64) and masks.shape == (4, 1, 64, 64)
@@ -71,12 +74,13 @@ def test_training_and_inference_see_the_same_where_nothing_is_changed(store_work
 def test_a_batch_that_is_changed_is_each_sample_changed(store_workspace, tiny):
     """Of a batch and of a sample alone, the network sees the same."""
     store = open_store(store_workspace, tiny.data)
-    pixels = Pixels(store, range(10), torch.device("cpu"))
+    pixels = SampleCache(store, range(10), torch.device("cpu"))
     one = tiny.model_copy(update={"train": tiny.train.model_copy(update={"batch": 1})})
-    together = prepare(next(epoch_batches(pixels, range(10), tiny, 0, 0, 1)), tiny)
+    together = prepare(next(epoch_batches(pixels, range(10), tiny.train, tiny.augment, 0, 0, 1)), tiny)
     alone = [
-        prepare(batch, one) for _, batch in zip(range(4), epoch_batches(pixels, range(10), one, 0, 0, 1), strict=False)
+        prepare(batch, one) for batch in islice(epoch_batches(pixels, range(10), one.train, one.augment, 0, 0, 1), 4)
     ]
     for part in (0, 1):
         assert torch.allclose(together[part], torch.cat([sample[part] for sample in alone]), atol=1e-6)
-    assert not torch.equal(together[0], prepare(next(epoch_batches(pixels, range(10), tiny, 1, 0, 1)), tiny)[0])
+    next_epoch = next(epoch_batches(pixels, range(10), tiny.train, tiny.augment, 1, 0, 1))
+    assert not torch.equal(together[0], prepare(next_epoch, tiny)[0])
