@@ -146,6 +146,28 @@ def digest(files: Iterable[Path]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
+def pixel_digest(masks: Sequence[Path], workers: int | None = None) -> str:
+    """One SHA-256 for many masks, of their names, sizes and pixels in the given order.
+
+    Files of the same pixels have the same, whoever packed them: ISA-L's bytes depend on the kind of processor.
+
+    Raises:
+        InputDataError: a mask cannot be read.
+    """
+    hashes = in_threads(_pixel_sha256, masks, "hashing", workers)
+    lines = "".join(f"{path.name} {value}\n" for path, value in zip(masks, hashes, strict=True))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _pixel_sha256(path: Path) -> str:
+    values = read_grey(path)
+    top = None if _is_graded(values) else values.max(initial=0)
+    hashed = hashlib.sha256(f"{values.shape} {values.dtype} {top}\n".encode())
+    # Eight pixels a byte where there are two values only: hashing is most of the time otherwise.
+    hashed.update((np.ascontiguousarray(values) if top is None else np.packbits(values)).data)
+    return hashed.hexdigest()
+
+
 def write_manifest(directory: Path, values: dict[str, Any]) -> None:
     """Write a manifest; `values` holds at least "key" and "images" (see the head of this file)."""
     assert {"key", "images"} <= values.keys()

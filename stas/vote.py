@@ -17,11 +17,11 @@ from stas.predictions import (
     Member,
     building,
     check_replaceable,
-    digest,
     in_threads,
     list_members,
     log_graded,
     named,
+    pixel_digest,
     read_member_mask,
     write_manifest,
 )
@@ -63,7 +63,7 @@ def vote(
     _check_options(members, out, votes, ties, soft, threshold)
     listed = list_members(members)
     files = {member.name: _files(member, soft) for member in listed.members}
-    hashes = in_threads(digest, [list(files[name].values()) for name in listed.names], "hashing", workers)
+    hashes = [pixel_digest(list(files[name].values()), workers) for name in listed.names]
     key: dict[str, Any] = {
         "members": [{"name": name, "sha256": value} for name, value in zip(listed.names, hashes, strict=True)],
         "options": {"votes": [str(count) for count in votes], "ties": ties, "soft": soft, "threshold": threshold},
