@@ -2,15 +2,14 @@
 
 A training checkpoint holds network and optimiser; the best one holds the network only. Random state is not in it,
 because every random draw is a function of seed, epoch, step and index. Loading one executes nothing.
+The last tensor, `checksum`, is the SHA-256 of every byte before it.
 """
 
 import hashlib
 import json
 import logging
 import os
-import re
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -30,13 +28,14 @@ from stas.paths import RunPaths
 from stas.untrusted import check_file, parse_json
 
 log = logging.getLogger(__name__)
-FORMAT = 3
-# How the checksum begins in the header, whose first fact it is. It is that of the whole file with zeros in its place.
-SUM, NO_SUM = rb"{\"crc32\": \"", b"00000000"
+FORMAT = 4
+CHECKSUM, CHECKSUM_BYTES = "checksum", hashlib.sha256().digest_size
 MAX_BYTES = 32 << 30  # some minutes of hashing; the largest networks of the recipes take 2 GiB with their optimiser
-LONGEST_HEADER = 100_000_000  # bytes, as safetensors itself has it
 BLOCK = 1 << 20
 NETWORK, OPTIMIZER = "network.", "optimizer."  # prefixes of the tensors' names
+_FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_WHOLE = {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
+DTYPES = _FLOATS | _WHOLE | {torch.bool: "BOOL"}  # as safetensors names them
 
 
 @dataclass(frozen=True)
@@ -78,19 +77,38 @@ def take_snapshot(network: nn.Module, facts: Mapping[str, Any], optimizer: Optim
 
 
 def save_checkpoint(path: Path, snapshot: Snapshot) -> None:
-    """Write a checkpoint atomically."""
-    facts = {
-        "crc32": NO_SUM.decode(),
-        "format": FORMAT,
-        "facts": dict(snapshot.facts),
-        "optimizer": snapshot.scalars,
-    }
-    content = save(snapshot.tensors, {"stas": json.dumps(facts)})
-    head = content[: 8 + int.from_bytes(content[:8], "little")]
-    summed = head.replace(SUM + NO_SUM, SUM + b"%08x" % zlib.crc32(content), 1)
+    """Write a checkpoint atomically, a tensor at a time.
+
+    `safetensors.torch.save` copies all of them while it holds the interpreter's lock, and training would wait for it.
+    """
+    facts = {"format": FORMAT, "facts": dict(snapshot.facts), "optimizer": snapshot.scalars}
+    # Descending sizes of elements keep every tensor aligned, which torch needs to read it in place.
+    tensors = dict(sorted(snapshot.tensors.items(), key=lambda item: -item[1].element_size()))
+    checksum = hashlib.sha256()
     with atomic_write(path) as file:
-        file.write(summed)
-        file.write(memoryview(content)[len(head) :])
+        for part in _parts(facts, tensors):
+            checksum.update(part)
+            file.write(part)
+        file.write(checksum.digest())
+
+
+def _parts(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """All of a safetensors file but the checksum at its end."""
+    header: dict[str, Any] = {"__metadata__": {"stas": json.dumps(facts)}}
+    end = 0
+    for name, tensor in tensors.items():
+        header[name] = _entry(DTYPES[tensor.dtype], tensor.shape, end, tensor.nbytes)
+        end += tensor.nbytes
+    header[CHECKSUM] = _entry("U8", [CHECKSUM_BYTES], end, CHECKSUM_BYTES)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors begin aligned
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in tensors.values():
+        yield tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _entry(dtype: str, shape: Sequence[int], begin: int, length: int) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, begin + length]}
 
 
 def save_last(run: RunPaths, snapshot: Snapshot) -> None:
@@ -180,7 +198,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             with open(path, "rb") as file, safe_open(path, "pt") as opened:
                 header = parse_json((opened.metadata() or {})["stas"].encode())
                 if header["format"] != FORMAT:
-                    raise InputDataError(f"{path}: checkpoint format {header['format']}, this version reads {FORMAT}")
+                    raise ValueError(f"format {header['format']} of another version of stas, this one reads {FORMAT}")
                 facts, scalars = dict(header["facts"]), dict(header["optimizer"])
                 sha256 = _checked_sum(file)
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
@@ -256,23 +274,20 @@ def restore_optimizer(optimizer: Optimizer, saved: Mapping[str, Tensor | float])
 
 
 def _checked_sum(file: BinaryIO) -> str:
-    """The SHA-256 of a checkpoint file, whose own checksum is compared with its content.
+    """The SHA-256 of a checkpoint file, once its own checksum is found to match its content.
 
     Raises:
-        ValueError: they differ, or there is none.
+        ValueError: it does not match.
     """
-    size = file.read(8)
-    header = file.read(min(int.from_bytes(size, "little"), LONGEST_HEADER))
-    found = re.search(re.escape(SUM) + b"([0-9a-f]{8})", header)
-    if not found:
-        raise ValueError("no checksum in its header")
-    crc = zlib.crc32(size + header[: found.start(1)] + NO_SUM + header[found.end(1) :])
-    digest = hashlib.sha256(size + header)
-    while block := file.read(BLOCK):
-        crc = zlib.crc32(block, crc)
+    left = os.fstat(file.fileno()).st_size - CHECKSUM_BYTES
+    digest = hashlib.sha256()
+    while left > 0 and (block := file.read(min(BLOCK, left))):
         digest.update(block)
-    if crc != int(found[1], 16):
-        raise ValueError(f"damaged: its checksum is {crc:08x}, and was {found[1].decode()} when it was written")
+        left -= len(block)
+    written = file.read(CHECKSUM_BYTES)
+    if digest.digest() != written:
+        raise ValueError("damaged: its content does not match its checksum")
+    digest.update(written)
     return digest.hexdigest()
 
 

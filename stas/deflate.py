@@ -1,7 +1,8 @@
 """Streams in zlib's format, packed and unpacked by ISA-L, which is several times as fast as zlib.
 
-The same bytes may be packed otherwise on another kind of processor. So masks of the same pixels may differ as files,
-and a vote on them, or a store made of them, is not known as one that is there already.
+Another kind of processor may pack the same bytes differently, so masks with the same pixels may differ as files: `vote`
+compares pixels. zlib would not settle this, because distributions ship different ones (zlib-ng), and it made writing
+masks 1.4 times and a vote 1.6 times as slow. Scores, or a store, of masks that were packed again are made again.
 """
 
 import numpy as np

@@ -18,7 +18,7 @@ from stas.config import Recipe, Train, dump_recipe, parse_recipe
 from stas.distributed import Ranks
 from stas.errors import StoppedEarly, UsageError
 from stas.files import write_json, write_text
-from stas.loader import Pixels
+from stas.loader import SampleCache
 from stas.losses import build_loss
 from stas.model import Compiled, build_network
 from stas.optim import build_optimizer
@@ -72,7 +72,7 @@ class Job:
     run: RunPaths
     ranks: Ranks
     store: Store
-    pixels: Pixels
+    pixels: SampleCache
     training: list[int]  # positions in the store
     validation: list[int]
     network: nn.Module
@@ -145,7 +145,7 @@ def set_up(
         run=paths,
         ranks=ranks,
         store=store,
-        pixels=Pixels(store, training, ranks.device),
+        pixels=SampleCache(store, training, ranks.device),
         training=training,
         validation=validation,
         network=network,

@@ -3,19 +3,19 @@
 A batch holds what the store holds, a byte for each value; what the network sees is made of it on its device.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from stas.augment import Changes, draw_changes
-from stas.config import Recipe
+from stas.config import Augment, Train
 from stas.store import Sample, Store
+from stas.threads import PREFETCHED
 
+BUFFERS = PREFETCHED + 2  # for those, for the batch in the step, and for the one being made
 RESIDENT_SHARE = 0.1  # of a GPU's memory that the samples may take; the rest is the network's
 
 
@@ -40,10 +40,12 @@ class Batch:
         return replace(self, changes=self.changes.to(device), **moved)
 
 
-class Pixels:
+class SampleCache:
     """The pixels of the samples that a rank trains on: on its GPU where they fit, else read from the store each time.
 
     Every rank needs all of them: the order, and so the share of each, is another in every epoch.
+
+    On a CPU, batches are read into a ring of BUFFERS buffers: `take` overwrites what it returned BUFFERS calls before.
     """
 
     def __init__(
@@ -53,7 +55,8 @@ class Pixels:
         self.store = store
         self._device = device
         self._position = {index: position for position, index in enumerate(samples)}
-        self._kept: list[NDArray[np.uint8]] = []
+        self._ring: list[tuple[Tensor, Tensor] | None] = [None] * BUFFERS
+        self._taken = 0
         self._resident: tuple[Tensor, Tensor] | None = None
         size = len(samples) * store.size[0] * store.size[1] * 4
         if device.type == "cuda":
@@ -62,25 +65,37 @@ class Pixels:
                 self._resident = self._copied()
 
     def take(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Images (N, H, W, 3) and masks (N, H, W), uint8, of samples by their position in the store."""
+        """Images (N, H, W, 3) and masks (N, H, W), uint8, of samples by their position in the store.
+
+        They may be overwritten by the BUFFERS-th call from now: keep a copy to keep them longer.
+        """
         if self._resident:
             chosen = torch.tensor([self._position[index] for index in indices]).to(self._device)
             return self._resident[0][chosen], self._resident[1][chosen]
-        images, masks = (self._empty(len(indices), *self.store.size, *last) for last in ((3,), ()))
+        images, masks = self._buffers(len(indices))
         for position, index in enumerate(indices):
             self.store.image(index, out=images[position].numpy())
             self.store.mask(index, out=masks[position].numpy())
         return images, masks
 
-    def _empty(self, *shape: int) -> Tensor:
-        if self._device.type == "cuda":  # or copying to the GPU would wait for it
-            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
-        # New memory takes longer to get from the system than to fill: that of batches which nobody holds is used again.
-        for kept in self._kept:
-            if kept.shape == shape and sys.getrefcount(kept) <= 3:  # the list's reference, the loop's and the call's
-                return torch.from_numpy(kept)
-        self._kept.append(np.empty(shape, np.uint8))
-        return torch.from_numpy(self._kept[-1])
+    def _buffers(self, count: int) -> tuple[Tensor, Tensor]:
+        """Images and masks of `count` samples, yet to be filled."""
+        if self._device.type == "cuda":
+            # Copying to the GPU would wait for memory that is not pinned. Torch keeps freed pinned memory, and gives it
+            # out again once the copies from it have ended.
+            return self._empty(count, pinned=True)
+        # Reuse batch buffers: allocating costs more than filling.
+        slot = self._taken % BUFFERS
+        self._taken += 1
+        buffers = self._ring[slot]
+        if buffers is None or len(buffers[0]) < count:
+            buffers = self._ring[slot] = self._empty(count)
+        return buffers[0][:count], buffers[1][:count]
+
+    def _empty(self, count: int, pinned: bool = False) -> tuple[Tensor, Tensor]:
+        shape = count, *self.store.size
+        images = torch.empty(*shape, 3, dtype=torch.uint8, pin_memory=pinned)
+        return images, torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
 
     def _copied(self) -> tuple[Tensor, Tensor]:
         shape = len(self._position), *self.store.size
@@ -98,34 +113,45 @@ def steps_per_epoch(samples: int, batch: int) -> int:
 
 
 def epoch_batches(
-    pixels: Pixels, samples: Sequence[int], recipe: Recipe, epoch: int, rank: int, ranks: int, first: int = 0
+    cache: SampleCache,
+    samples: Sequence[int],
+    train: Train,
+    augment: Augment,
+    epoch: int,
+    rank: int,
+    ranks: int,
+    first: int = 0,
 ) -> Iterator[Batch]:
     """Yield this rank's share of each global batch of an epoch.
 
+    The caller may hold a batch until BUFFERS - 1 later ones are made; `prefetch` makes at most that many while one is
+    in hand.
+
     Args:
-        pixels: gives the samples' pixels.
+        cache: gives the samples' pixels.
         samples: positions in the store that are for training.
-        recipe: gives the global batch, the seed and the augmentation.
+        train: gives the global batch and the seed.
+        augment: how samples are changed.
         epoch: from 0.
         rank: this process, from 0.
         ranks: how many processes share a batch.
         first: the step to begin with, to go on within an epoch.
     """
-    seed, size = recipe.train.seed, recipe.train.batch
+    seed, size = train.seed, train.batch
     order = np.random.default_rng([seed, epoch]).permutation(np.asarray(samples)).tolist()
     for step in range(first, steps_per_epoch(len(order), size)):
         together = order[step * size : (step + 1) * size]
         # A share of one image has no variance where a network pools globally before it normalises (DeepLabV3+).
         share, weights = rank_share(together, rank, ranks, least=min(2, -(-size // ranks)))
-        entries = [pixels.store.samples[index] for index in share]
-        images, masks = pixels.take(share)
+        entries = [cache.store.samples[index] for index in share]
+        images, masks = cache.take(share)
         low, high = value_range(entries)
         yield Batch(
             images,
             masks,
             low,
             high,
-            changes=draw_changes(recipe.augment, [(seed, epoch, index) for index in share]),
+            changes=draw_changes(augment, [(seed, epoch, index) for index in share]),
             weights=torch.tensor(weights),
             total=len(together),
             stems=[entry["stem"] for entry in entries],

@@ -20,6 +20,7 @@ from stas.errors import InputDataError, UsageError
 from stas.files import sha256
 from stas.images import MAX_IMAGE_BYTES, grey_size, list_images, read_grey
 from stas.publish import SHOWN, named, read_manifest
+from stas.threads import in_threads
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +135,28 @@ def digest(files: Iterable[Path]) -> str:
     """One SHA-256 for many files: of the lines '<name> <sha256 of the file>' in the given order."""
     lines = "".join(f"{path.name} {sha256(path, MAX_IMAGE_BYTES)}\n" for path in files)
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def pixel_digest(masks: Sequence[Path], workers: int | None = None) -> str:
+    """One SHA-256 for many masks, of their names, sizes and pixels in the given order.
+
+    Files of the same pixels have the same, whoever packed them: ISA-L's bytes depend on the kind of processor.
+
+    Raises:
+        InputDataError: a mask cannot be read.
+    """
+    hashes = in_threads(_pixel_sha256, masks, "hashing", workers)
+    lines = "".join(f"{path.name} {value}\n" for path, value in zip(masks, hashes, strict=True))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _pixel_sha256(path: Path) -> str:
+    values = read_grey(path)
+    top = None if _is_graded(values) else values.max(initial=0)
+    hashed = hashlib.sha256(f"{values.shape} {values.dtype} {top}\n".encode())
+    # Eight pixels a byte where there are two values only: hashing is most of the time otherwise.
+    hashed.update((np.ascontiguousarray(values) if top is None else np.packbits(values)).data)
+    return hashed.hexdigest()
 
 
 def _unique_names(directories: Sequence[Path]) -> list[str]:

@@ -14,6 +14,7 @@ from stas.resources import cores
 T = TypeVar("T")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+PREFETCHED = 2  # items made ahead by default
 
 
 def bar(items: Iterable[T], total: int, description: str, show: bool = True) -> Iterable[T]:
@@ -52,8 +53,11 @@ def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], workers
         pool.shutdown(cancel_futures=True)
 
 
-def prefetch(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
-    """Yield from `items`, made up to `depth` ahead in a thread, which torch and Pillow let run beside the step."""
+def prefetch(items: Iterator[T], depth: int = PREFETCHED) -> Generator[T, None, None]:
+    """Yield from `items`, made up to `depth` ahead in a thread, which torch and Pillow let run beside the step.
+
+    While the caller has one item, `depth` wait and one more is being made.
+    """
     ready: queue.Queue[tuple[T | None, BaseException | None, bool]] = queue.Queue(depth)
     closed = threading.Event()
 

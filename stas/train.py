@@ -148,7 +148,14 @@ def _train_epoch(
     recipe, ranks = job.recipe, job.ranks
     steps = steps_per_epoch(len(job.training), recipe.train.batch)
     batches = epoch_batches(
-        job.pixels, job.training, recipe, progress.epoch, ranks.rank, ranks.size, first=progress.step
+        job.pixels,
+        job.training,
+        recipe.train,
+        recipe.augment,
+        progress.epoch,
+        ranks.rank,
+        ranks.size,
+        first=progress.step,
     )
     seen = 0
     job.parallel.train()

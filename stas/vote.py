@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from stas import paths
 from stas.errors import InputDataError, UsageError
 from stas.images import read_grey, write_mask, write_probability
-from stas.predictions import Member, digest, list_members, log_graded, read_member_mask
+from stas.predictions import Member, list_members, log_graded, pixel_digest, read_member_mask
 from stas.publish import Output, building, check_replaceable, named, write_manifest
 from stas.threads import in_threads
 
@@ -54,7 +54,7 @@ def vote(
     _check_options(members, out, votes, ties, soft, threshold)
     listed = list_members(members)
     files = {member.name: _files(member, soft) for member in listed.members}
-    hashes = in_threads(digest, [list(files[name].values()) for name in listed.names], "hashing", workers)
+    hashes = [pixel_digest(list(files[name].values()), workers) for name in listed.names]
     key: dict[str, Any] = {
         "members": [{"name": name, "sha256": value} for name, value in zip(listed.names, hashes, strict=True)],
         "options": {"votes": votes, "ties": ties, "soft": soft, "threshold": threshold},

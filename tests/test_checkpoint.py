@@ -1,5 +1,7 @@
 import json
+import math
 import os
+import tracemalloc
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 from stas import checkpoint, paths
 from stas.checkpoint import (
     CheckpointWriter,
+    Snapshot,
     load_checkpoint,
     load_newest,
     restore_optimizer,
@@ -121,6 +124,35 @@ def test_every_flipped_bit_is_found(tmp_path):
         path.write_bytes(flipped(content, position / len(content)))
         with pytest.raises(InputDataError, match="not a readable checkpoint"):
             load_checkpoint(path)
+
+
+def test_every_type_and_shape_comes_back_from_a_file_that_others_can_read(tmp_path):
+    from safetensors.torch import load_file
+
+    path = tmp_path / "a.safetensors"
+    shapes = {"one": (3, 1), "number": (), "none": (0, 4)}  # three bytes of a mask would leave floats unaligned
+    tensors = {
+        f"network.{shape}.{name}": torch.arange(math.prod(shapes[shape])).reshape(shapes[shape]).to(dtype)
+        for shape in shapes
+        for dtype, name in reversed(checkpoint.DTYPES.items())
+    }
+    save_checkpoint(path, Snapshot({}, tensors, {}))
+    for found in (load_checkpoint(path).network, load_file(path)):
+        for name, value in tensors.items():
+            same = found.get(name, found.get(name.removeprefix("network.")))
+            assert same is not None and (same.dtype, same.shape) == (value.dtype, value.shape), name
+            assert torch.equal(same, value), name
+    assert list(load_file(path))[-1] == "checksum"
+
+
+def test_tensors_are_written_without_a_copy(tmp_path):
+    """Making the file in memory first would hold the interpreter's lock, and training would wait for it."""
+    snapshot = Snapshot({}, {f"network.{index}": torch.zeros(1 << 18) for index in range(8)}, {})
+    tracemalloc.start()
+    save_checkpoint(tmp_path / "a.safetensors", snapshot)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 def test_a_checkpoint_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):

@@ -1,15 +1,18 @@
+import time
+
 import pytest
 import torch
 
 from stas.config import Data
-from stas.loader import Pixels, epoch_batches, rank_share, steps_per_epoch
+from stas.loader import BUFFERS, SampleCache, epoch_batches, rank_share, steps_per_epoch
 from stas.store import open_store
+from stas.threads import prefetch
 
 
 def batches(workspace, recipe, rank=0, ranks=1, epoch=0, first=0):
     store = open_store(workspace, recipe.data)
-    pixels = Pixels(store, range(len(store)), torch.device("cpu"))
-    return list(epoch_batches(pixels, range(len(store)), recipe, epoch, rank, ranks, first))
+    pixels = SampleCache(store, range(len(store)), torch.device("cpu"))
+    return list(epoch_batches(pixels, range(len(store)), recipe.train, recipe.augment, epoch, rank, ranks, first))
 
 
 def test_an_epoch_holds_every_sample_once(store_workspace, tiny):
@@ -71,12 +74,49 @@ def test_rank_share_by_hand():
 def test_no_share_of_a_batch_is_a_single_image_unless_all_are(store_workspace, tiny):
     """Nine images in batches of four leave one over, which DeepLabV3+ could not normalise alone."""
     store = open_store(store_workspace, tiny.data)
-    pixels = Pixels(store, range(9), torch.device("cpu"))
-    *_, last = epoch_batches(pixels, range(9), tiny, 0, 0, 1)
+    pixels = SampleCache(store, range(9), torch.device("cpu"))
+    *_, last = epoch_batches(pixels, range(9), tiny.train, tiny.augment, 0, 0, 1)
     assert (last.total, last.images.shape[0], last.weights.tolist()) == (1, 2, [1, 0])
     assert last.stems[0] == last.stems[1]
     one = tiny.model_copy(update={"train": tiny.train.model_copy(update={"batch": 1})})
-    assert {batch.images.shape[0] for batch in epoch_batches(pixels, range(9), one, 0, 0, 1)} == {1}
+    assert {batch.images.shape[0] for batch in epoch_batches(pixels, range(9), one.train, one.augment, 0, 0, 1)} == {1}
+
+
+def one_by_one(workspace, recipe):
+    """The batches of an epoch, of one image each."""
+    store = open_store(workspace, recipe.data)
+    train = recipe.train.model_copy(update={"batch": 1})
+    cache = SampleCache(store, range(len(store)), torch.device("cpu"))
+    return epoch_batches(cache, range(len(store)), train, recipe.augment, 0, 0, 1)
+
+
+def test_a_batch_is_kept_until_the_ring_comes_round(store_workspace, tiny):
+    batches = one_by_one(store_workspace, tiny)
+    held = next(batches)
+    images, masks = held.images.clone(), held.masks.clone()
+    for _ in range(BUFFERS - 1):
+        next(batches)
+        assert torch.equal(held.images, images) and torch.equal(held.masks, masks)
+    again = next(batches)
+    assert again.images.data_ptr() == held.images.data_ptr()  # and no more memory is taken than that
+    assert again.masks.data_ptr() == held.masks.data_ptr()
+
+
+def test_a_slow_step_sees_its_own_batch_while_later_ones_are_made(store_workspace, tiny):
+    store = open_store(store_workspace, tiny.data)
+    index = {sample["stem"]: position for position, sample in enumerate(store.samples)}
+    for batch in prefetch(one_by_one(store_workspace, tiny)):
+        time.sleep(0.03)  # in which the thread makes as many as it may
+        assert torch.equal(batch.images[0], torch.from_numpy(store.image(index[batch.stems[0]])))
+
+
+def test_the_short_last_batch_leaves_room_for_whole_ones(store_workspace, tiny):
+    store = open_store(store_workspace, tiny.data)
+    cache = SampleCache(store, range(10), torch.device("cpu"))
+    for count in (2, 4, 3) * BUFFERS:
+        images, masks = cache.take(range(count))
+        assert images.shape == (count, 64, 64, 3) and masks.shape == (count, 64, 64)
+        assert torch.equal(images[-1], torch.from_numpy(store.image(count - 1)))
 
 
 def test_a_wrong_size_has_no_store(store_workspace):

@@ -6,7 +6,7 @@ from PIL import Image
 
 from stas.errors import InputDataError, UsageError
 from stas.images import write_mask
-from stas.predictions import digest, list_members, log_graded, read_member_mask
+from stas.predictions import digest, list_members, log_graded, pixel_digest, read_member_mask
 from stas.publish import Output, building, write_manifest
 
 MASK = np.array([[0, 1, 1], [0, 0, 1]], bool)
@@ -102,6 +102,27 @@ def test_digest_changes_with_content_and_name(tmp_path):
         file.write_text(text)
     assert len({digest([file]) for file in files}) == 3
     assert digest(files) == digest(files)
+
+
+def test_pixel_digest_changes_with_everything_but_the_packing(tmp_path):
+    """Of 0 and 1, or of 8 and 16 bit, the same pattern is another mask: a threshold sees the values."""
+    pattern = np.random.default_rng(0).random((5, 16)) < 0.5
+    grey = pattern * np.uint8(200)
+    other = [pattern * np.uint8(1), pattern * np.uint16(65535), pattern[:, :-1] * np.uint8(255), pattern.T.copy()]
+    one_pixel = pattern.copy()
+    one_pixel[4, 15] ^= True
+    higher = grey.copy()
+    higher[pattern] += 1
+    other += [one_pixel * np.uint8(255), ~pattern * np.uint8(255), grey, higher]
+
+    def of(pixels, name="a.png", **options):
+        file = tmp_path / name
+        Image.fromarray(pixels.astype(np.uint8) if pixels.dtype == bool else pixels).save(file, **options)
+        return pixel_digest([file])
+
+    mask = pattern * np.uint8(255)
+    assert of(mask, compress_level=0) == of(mask, compress_level=9)
+    assert len({of(pixels) for pixels in [mask, *other]} | {of(mask, "b.png")}) == len(other) + 2
 
 
 def published(directory, label):

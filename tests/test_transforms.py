@@ -8,7 +8,7 @@ from monai.transforms.utility.array import EnsureChannelFirst
 
 from stas.config import Data
 from stas.inputs import as_input, normalise, scale_intensity
-from stas.loader import Pixels, epoch_batches
+from stas.loader import SampleCache, epoch_batches
 from stas.store import area_resize, open_store
 from stas.transforms import prepare
 
@@ -58,10 +58,14 @@ def test_the_network_gets_the_recipes_memory_format(channels_last):
     assert given.shape == (2, 3, 4, 5) and given.is_contiguous(memory_format=format_)
 
 
+def batches(cache, recipe, epoch=0):
+    return epoch_batches(cache, range(10), recipe.train, recipe.augment, epoch, 0, 1)
+
+
 def test_training_and_inference_see_the_same_where_nothing_is_changed(store_workspace, tiny):
     plain = tiny.model_copy(update={"augment": type(tiny.augment)()})
-    store = open_store(store_workspace, plain.data)
-    batch = next(epoch_batches(Pixels(store, range(10), torch.device("cpu")), range(10), plain, 0, 0, 1))
+    cache = SampleCache(open_store(store_workspace, plain.data), range(10), torch.device("cpu"))
+    batch = next(batches(cache, plain))
     images, masks = prepared(batch, plain)
     assert torch.equal(images, as_input(batch.images, batch.low, batch.high, plain.data, False))
     assert images.shape == (4, 3, 64, 64) and masks.shape == (4, 1, 64, 64)
@@ -71,13 +75,10 @@ def test_training_and_inference_see_the_same_where_nothing_is_changed(store_work
 
 def test_a_batch_that_is_changed_is_each_sample_changed(store_workspace, tiny):
     """Of a batch and of a sample alone, the network sees the same."""
-    store = open_store(store_workspace, tiny.data)
-    pixels = Pixels(store, range(10), torch.device("cpu"))
+    cache = SampleCache(open_store(store_workspace, tiny.data), range(10), torch.device("cpu"))
     one = tiny.model_copy(update={"train": tiny.train.model_copy(update={"batch": 1})})
-    together = prepared(next(epoch_batches(pixels, range(10), tiny, 0, 0, 1)), tiny)
-    alone = [
-        prepared(batch, one) for _, batch in zip(range(4), epoch_batches(pixels, range(10), one, 0, 0, 1), strict=False)
-    ]
+    together = prepared(next(batches(cache, tiny)), tiny)
+    alone = [prepared(batch, one) for _, batch in zip(range(4), batches(cache, one), strict=False)]
     for part in (0, 1):
         assert torch.allclose(together[part], torch.cat([sample[part] for sample in alone]), atol=1e-6)
-    assert not torch.equal(together[0], prepared(next(epoch_batches(pixels, range(10), tiny, 1, 0, 1)), tiny)[0])
+    assert not torch.equal(together[0], prepared(next(batches(cache, tiny, epoch=1)), tiny)[0])

@@ -178,6 +178,26 @@ def test_a_second_identical_vote_does_nothing_and_a_changed_member_votes_again(t
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_members_packed_again_are_the_same_vote_and_one_pixel_is_not(tmp_path, caplog):
+    """On another kind of processor the same masks become other files."""
+    trio = members(tmp_path, [[1, 0] * 40, [1, 0] * 40, [0, 0] * 40])
+    out = vote(trio, tmp_path / "vote")
+    path = trio[0] / "a.png"
+    before = path.read_bytes()
+    Image.open(path).save(path, compress_level=9)
+    assert path.read_bytes() != before
+    with caplog.at_level(logging.INFO):
+        vote(trio, out)
+    assert "nothing to do" in caplog.text
+    caplog.clear()
+    mask = np.asarray(Image.open(path)) > 0
+    mask[0, -1] = True
+    write_mask(path, mask)
+    with caplog.at_level(logging.INFO):
+        vote(trio, out)
+    assert "nothing to do" not in caplog.text
+
+
 def test_the_published_vote_is_reproduced_in_every_pixel(tmp_path, real_data):
     published = real_data / "Predictions"
     names = ["tf_efficientnet_b6_ns", "tf_efficientnetv2_m_in21ft1k", "eca_nfnet_l2"]

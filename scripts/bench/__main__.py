@@ -19,7 +19,7 @@ from stas.files import write_json, write_text
 from stas.resources import keep_freed_memory
 
 # Each is a module here with a function `measure(site) -> Iterator[Row]`.
-PARTS = ("data", "preprocess", "infer", "vote", "evaluate", "optimizer", "memory", "start", "growth")
+PARTS = ("data", "preprocess", "infer", "vote", "evaluate", "checkpoint", "optimizer", "memory", "start", "growth")
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ from scripts.bench.site import Site, make_store
 from stas.config import load_recipe
 from stas.distributed import Ranks
 from stas.job import set_up
-from stas.loader import Batch, Pixels, epoch_batches
+from stas.loader import Batch, SampleCache, epoch_batches
 from stas.store import open_store
 from stas.threads import prefetch
 from stas.transforms import prepare
@@ -32,8 +32,8 @@ def _loading(site: Site) -> Iterator[Row]:
     side, count = (64, 8) if site.quick else (800, 160)
     recipe = load_recipe("efficientnet_b6_ns", [f"data.size={side}", SPLIT])
     store = open_store(make_store(site, site.scratch / recipe.name, recipe, count), recipe.data)
-    pixels, everything = Pixels(store, range(count), CPU), range(count)
-    made = list(islice(epoch_batches(pixels, everything, recipe, 0, 0, 1), 2))
+    pixels, everything, sections = SampleCache(store, range(count), CPU), range(count), (recipe.train, recipe.augment)
+    made = list(islice(epoch_batches(SampleCache(store, everything, CPU), everything, *sections, 0, 0, 1), 2))
     source = np.ones((count, store.size[0] * store.size[1] * 4), np.uint8)
     target = np.empty_like(source[: recipe.train.batch])
     files = [site.images / f"{stem}.jpg" for stem in site.stems]
@@ -47,7 +47,7 @@ def _loading(site: Site) -> Iterator[Row]:
 
     seconds = interleaved(
         {
-            "stas": lambda: _exhaust(prefetch(epoch_batches(pixels, everything, recipe, 0, 0, 1))),
+            "stas": lambda: _exhaust(prefetch(epoch_batches(pixels, everything, *sections, 0, 0, 1))),
             "copy": copy,
             "prepare": lambda: [
                 prepare(batch, recipe.data, recipe.augment, recipe.train.channels_last) for batch in made
@@ -106,14 +106,15 @@ def _beside_the_step(site: Site) -> Row:
     workspace = make_store(site, site.scratch / recipe.name, recipe, 8 if site.quick else 40)
     job, _ = set_up(recipe, workspace, workspace.run("bench"), Ranks(0, 1, CPU))
     job.network.train()
-    resident = next(epoch_batches(job.pixels, job.training, recipe, 0, 0, 1))
+    alone = SampleCache(job.store, job.training, CPU)
+    resident = next(epoch_batches(alone, job.training, recipe.train, recipe.augment, 0, 0, 1))
 
     def train_on(given: Iterable[Batch]) -> None:
         for batch in given:
             step(job, batch)
 
     def fresh() -> Iterator[Batch]:
-        return islice(epoch_batches(job.pixels, job.training, recipe, 0, 0, 1), steps)
+        return islice(epoch_batches(job.pixels, job.training, recipe.train, recipe.augment, 0, 0, 1), steps)
 
     seconds = interleaved(
         {"resident": lambda: train_on([resident] * steps), "store": lambda: train_on(prefetch(fresh()))},

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from threading import Event
 
@@ -18,7 +18,7 @@ from scripts.make_sample import make_sample
 from stas.config import Recipe, load_recipe
 from stas.distributed import Ranks
 from stas.job import Job, Progress, set_up
-from stas.loader import Batch, Pixels, epoch_batches
+from stas.loader import Batch, SampleCache, epoch_batches
 from stas.paths import Workspace
 from stas.preprocess import preprocess
 from stas.resources import GIB
@@ -112,7 +112,9 @@ def build_job(bench: Bench, name: str, variant: Variant, batch: int | None = Non
 
 def resident_batch(job: Job) -> Batch:
     """The first batch of an epoch, on the device."""
-    return next(epoch_batches(job.pixels, job.training, job.recipe, 0, 0, 1)).to(job.ranks.device)
+    recipe, device = job.recipe, job.ranks.device
+    alone = SampleCache(job.store, job.training, device, resident_share=0.0)
+    return next(epoch_batches(alone, job.training, recipe.train, recipe.augment, 0, 0, 1)).to(device)
 
 
 def step(job: Job, batch: Batch) -> None:
@@ -122,12 +124,13 @@ def step(job: Job, batch: Batch) -> None:
 
 def feed(job: Job, on_device: bool, steps: int) -> Callable[[], object]:
     """A function that makes `steps` steps on samples that lie on the device, or that come from the store each time."""
-    pixels = Pixels(job.store, job.training, job.ranks.device, resident_share=1.0 if on_device else 0.0)
+    pixels = SampleCache(job.store, job.training, job.ranks.device, resident_share=1.0 if on_device else 0.0)
+    recipe = job.recipe
+    whole = job.training[: len(job.training) // recipe.train.batch * recipe.train.batch]  # no short last batch
 
     def run() -> None:
-        epoch = (batch for epoch in count() for batch in epoch_batches(pixels, job.training, job.recipe, epoch, 0, 1))
-        whole = (batch for batch in epoch if batch.total == job.recipe.train.batch)
-        for batch in prefetch(islice(whole, steps)):
+        epochs = (epoch_batches(pixels, whole, recipe.train, recipe.augment, epoch, 0, 1) for epoch in count())
+        for batch in prefetch(islice(chain.from_iterable(epochs), steps)):
             step(job, batch.to(job.ranks.device))
 
     return run

@@ -17,7 +17,7 @@ from scripts.bench.measure import Row, interleaved
 from scripts.bench.site import Site, make_store, multiplied
 from scripts.make_sample import make_sample
 from stas.config import Recipe, load_recipe
-from stas.loader import Pixels, epoch_batches
+from stas.loader import SampleCache, epoch_batches
 from stas.pairs import find_pairs
 from stas.paths import Workspace
 from stas.preprocess import Task, preprocess
@@ -125,10 +125,13 @@ def _store_sample(task: Task) -> Callable[[], object]:
 def _read_batch(store: Store, recipe: Recipe) -> Callable[[], object]:
     """The one batch of an epoch of few samples, read and made ready for the network on the CPU."""
     samples, device = range(len(store)), torch.device("cpu")
-    pixels = Pixels(store, samples, device)
-    return lambda: prepare(
-        next(epoch_batches(pixels, samples, recipe, 0, 0, 1)), recipe.data, recipe.augment, recipe.train.channels_last
-    )
+    pixels = SampleCache(store, samples, device)
+
+    def read() -> object:
+        batch = next(epoch_batches(pixels, samples, recipe.train, recipe.augment, 0, 0, 1))
+        return prepare(batch, recipe.data, recipe.augment, recipe.train.channels_last)
+
+    return read
 
 
 def _members(site: Site, panels: dict[str, dict[str, Curve]]) -> Iterator[Row]:
@@ -191,6 +194,6 @@ def _draw(panels: Mapping[str, Mapping[str, Mapping[int, float]]], path: Path) -
 
 
 def _short(value: int) -> str:
-    """Pixels of a square by its side, other numbers as they are."""
+    """SampleCache of a square by its side, other numbers as they are."""
     side = round(value**0.5)
     return f"{side}²" if value > 1000 and side * side == value and value not in (10_000,) else f"{value:,}"

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stas import distributed
 from stas.config import Recipe
-from stas.loader import Pixels, epoch_batches
+from stas.loader import SampleCache, epoch_batches
 from stas.losses import build_loss
 from stas.optim import build_optimizer
 from stas.store import Store
@@ -49,12 +49,13 @@ def _rank(rank: int, store: Path, recipe: Recipe, samples: int, ranks: int, port
         parallel = DistributedDataParallel(network) if ranks > 1 else network
         optimizer = build_optimizer(network.parameters(), recipe.optimizer)
         loss = build_loss(recipe.loss)
-        pixels = Pixels(Store(store), range(samples), joined.device)
+        pixels, sections = SampleCache(Store(store), range(samples), joined.device), (recipe.train, recipe.augment)
         taken = []
         for epoch in range(4):
             distributed.barrier()
             began = time.perf_counter()
-            for batch in prefetch(epoch_batches(pixels, range(samples), recipe, epoch, joined.rank, joined.size)):
+            batches = epoch_batches(pixels, range(samples), *sections, epoch, joined.rank, joined.size)
+            for batch in prefetch(batches):
                 images, masks = prepare(batch, recipe.data, recipe.augment, recipe.train.channels_last)
                 optimizer.zero_grad()
                 loss(parallel(images), masks).mean().backward()
