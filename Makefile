@@ -22,9 +22,9 @@ $(VENV)/installed: requirements-dev.lock pyproject.toml
 demo: install  ## train, vote and score on a made sample, or on DATA=DIR with Train_Images and Train_Annotations
 	scripts/demo .demo/$(if $(DATA),data,sample) $(DATA)
 
-test: install  ## run all tests
-	$(VENV)/bin/pytest -n auto -m "not cluster and not chaos" $(COVERAGE)
-	$(VENV)/bin/pytest -m cluster -rs
+test: install  ## run all tests, in random order; both parts, even if the first fails
+	$(VENV)/bin/pytest -n auto -m "not cluster and not chaos" $(COVERAGE); first=$$?; \
+	$(VENV)/bin/pytest -m cluster -rs && exit $$first
 
 quick: install  ## run the tests that take seconds
 	$(VENV)/bin/pytest -m "not slow and not cluster and not chaos"

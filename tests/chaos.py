@@ -28,6 +28,7 @@ import pytest
 from torch.utils import tensorboard
 
 from stas import checkpoint, cli, files, infer, threads
+from tests.launch import PATIENCE
 
 CALLS = (
     "open,openat,creat,write,pwrite64,writev,pwritev,fsync,fdatasync,msync,ftruncate,truncate,fallocate,rename,"
@@ -221,9 +222,9 @@ def run(work: Callable[[Path], None], root: Path, strace: list[str] | None = Non
         assert "attached" in attached, attached
     os.write(go, b"!")
     os.close(go)
-    code = os.waitstatus_to_exitcode(_wait(pid, 120))
+    code = os.waitstatus_to_exitcode(_wait(pid, PATIENCE))
     if tracer:
-        tracer.communicate(timeout=60)
+        tracer.communicate(timeout=PATIENCE)
     return Outcome(code, said.read_text(errors="replace"))
 
 
@@ -267,6 +268,6 @@ def why_no_strace() -> str:
     if not shutil.which("strace"):
         return "no strace (Debian package strace)"
     tried = subprocess.run(
-        ["strace", "-f", "-e", "inject=write:error=ENOSPC", "echo"], capture_output=True, text=True, timeout=60
+        ["strace", "-f", "-e", "inject=write:error=ENOSPC", "echo"], capture_output=True, text=True, timeout=PATIENCE
     )
     return "" if "(INJECTED)" in tried.stderr else f"strace cannot trace here: {tried.stderr.strip()[-200:]}"

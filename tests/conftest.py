@@ -1,6 +1,8 @@
 """Shared fixtures."""
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,13 @@ TINY = {
 }
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say how to repeat the order of this run: pytest-randomly is silent where pytest is quiet."""
+    seed = config.getoption("randomly_seed", None)
+    if config.getoption("randomly_reorganize", False):
+        terminalreporter.write_line(f"random order: --randomly-seed={seed} repeats it")
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Real images, annotations and published masks, which are not part of the project."""
@@ -55,8 +64,37 @@ def tiny() -> Recipe:
 
 
 @pytest.fixture(scope="session")
-def store_workspace(sample: Path, tiny: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """A workspace with the sample's store; tests that train use runs of their own names."""
-    workspace = Workspace(tmp_path_factory.mktemp("workspace"))
+def prepared(sample: Path, tiny: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """The workspace whose store all others share; nothing else is ever put into it."""
+    workspace = Workspace(tmp_path_factory.mktemp("prepared"))
     preprocess([sample / "Train_Images"], [sample / "Train_Annotations"], workspace, tiny.data, workers=1)
     return workspace
+
+
+@pytest.fixture(scope="session")
+def new_workspace(prepared: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Workspace]:
+    """Makes a workspace with the sample's store, and nothing else."""
+
+    def make() -> Workspace:
+        workspace = Workspace(tmp_path_factory.mktemp("workspace"))
+        shutil.copytree(prepared.stores, workspace.stores, copy_function=_copy_or_link)
+        return workspace
+
+    return make
+
+
+@pytest.fixture
+def store_workspace(new_workspace: Callable[[], Workspace]) -> Workspace:
+    """This test's own workspace with the sample's store: its runs and predictions meet those of no other test."""
+    return new_workspace()
+
+
+def _copy_or_link(source: str, target: str) -> None:
+    """Copy a store's small files; link its data by name.
+
+    A store opens the file that the link leads to, so that a process maps the data once, however many workspaces it has.
+    """
+    if source.endswith(".mdb"):
+        Path(target).symlink_to(source)
+    else:
+        shutil.copy2(source, target)

@@ -3,14 +3,41 @@
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+import psutil
+
+PATIENCE = 600.0  # seconds until a test gives up waiting: a busy machine may take many times as long as a quiet one
 
 
 def stas(*arguments: object, ranks: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, alone or as `ranks` processes under torchrun."""
-    return subprocess.run(
-        command(arguments, ranks), env=os.environ | QUIET | environment, capture_output=True, text=True, timeout=600
-    )
+    line, variables = command(arguments, ranks), os.environ | QUIET | environment
+    return subprocess.run(line, env=variables, capture_output=True, text=True, timeout=PATIENCE)
+
+
+@contextmanager
+def started(line: Sequence[str], **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """A process under way. If it still runs at the end, it and its children are killed: a failed test must not hang."""
+    with subprocess.Popen(line, env=os.environ | QUIET | environment, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                for each in (*psutil.Process(process.pid).children(recursive=True), process):
+                    with suppress(psutil.NoSuchProcess):
+                        each.kill()
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
+    """Wait for an event of another process; fail if it does not come."""
+    end, pause = time.monotonic() + seconds, 0.01
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds:.0f} s for {what}"
+        time.sleep(pause)
+        pause = min(1.5 * pause, 0.2)
 
 
 def command(arguments: Sequence[object], ranks: int = 0) -> list[str]:

@@ -10,6 +10,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.launch import PATIENCE, wait_until
+
 DAEMONS = ("munged", "slurmctld", "slurmd", "slurmstepd")
 # Not files of real devices, but Slurm counts and hands them out all the same.
 PRETEND_GPUS = "/dev/null,/dev/zero,/dev/full,/dev/random"
@@ -38,7 +40,7 @@ class Slurm:
             env=self.environment | environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE,
             check=False,
         )
         assert done.returncode == 0, f"{line}: {done.stderr}"
@@ -54,7 +56,7 @@ class Slurm:
         facts = sorted(self.facts(job), key=lambda fact: int(fact.get("ArrayTaskId", "0").split("-")[0]))
         return [fact["JobState"] for fact in facts]
 
-    def wait(self, job: str, seconds: float = 300) -> list[str]:
+    def wait(self, job: str, seconds: float = PATIENCE) -> list[str]:
         """Wait for all tasks of a job to end; return their states."""
         end = time.monotonic() + seconds
         while ACTIVE & set(states := self.states(job)):
@@ -86,26 +88,19 @@ def start_slurm(root: Path) -> Iterator[Slurm]:
             daemons.callback(process.terminate)
 
         daemon(*munge, f"--socket={root}/munge/socket")
-        _wait_for((root / "munge" / "socket").exists, "munged")
+        wait_until((root / "munge" / "socket").exists, "munged")
         daemon("slurmctld", "-D")
         for node in ("n1", "n2"):
             daemon("slurmd", "-D", "-N", node)
         slurm = Slurm(environment)
         daemons.callback(lambda: slurm.run("scancel", "--full", "--signal=KILL", "--user=root"))
-        _wait_for(lambda: _idle(slurm) == 2, f"the nodes; see the logs in {root}")
+        wait_until(lambda: _idle(slurm) == 2, f"the nodes; see the logs in {root}")
         yield slurm
 
 
 def _idle(slurm: Slurm) -> int:
     done = subprocess.run(["sinfo", "-hN", "-o", "%T"], env=slurm.environment, capture_output=True, text=True)
     return done.stdout.split().count("idle")
-
-
-def _wait_for(condition, what: str, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"waited {seconds} s for {what}"
-        time.sleep(0.1)
 
 
 def _free_ports(count: int) -> list[int]:

@@ -3,7 +3,7 @@ with the same bytes. A short walk by default; `make chaos` makes every step."""
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -112,9 +112,10 @@ def two_images(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(store_workspace: Workspace, tiny: Recipe) -> RunPaths:
-    train(tiny, store_workspace, "chaos")
-    return store_workspace.run("chaos")
+def trained(new_workspace: Callable[[], Workspace], tiny: Recipe) -> RunPaths:
+    workspace = new_workspace()
+    train(tiny, workspace, "chaos")
+    return workspace.run("chaos")
 
 
 @pytest.fixture

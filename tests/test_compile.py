@@ -9,7 +9,7 @@ import pytest
 from stas.config import Recipe
 from stas.paths import Workspace
 from stas.progress import read_metrics
-from tests.launch import stas
+from tests.launch import PATIENCE, stas
 from tests.test_train import changed, recipe_file
 
 pytestmark = pytest.mark.slow
@@ -50,7 +50,7 @@ def test_only_batches_of_one_size_are_compiled():
         "assert len(list(network.parameters())) == 2\n"
         "print(counters['stats']['unique_graphs'])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert done.stdout == "1\n", done.stderr
 
 

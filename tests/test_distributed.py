@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from stas import distributed
-from tests.launch import QUIET
+from tests.launch import PATIENCE, QUIET
 
 TWO_RANKS = """
 import json, sys, torch
@@ -45,7 +45,7 @@ def test_two_ranks_agree(tmp_path: Path):
     script.write_text(TWO_RANKS)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | QUIET | {"PYTHONPATH": str(Path.cwd())}
-    subprocess.run([*torchrun, script, tmp_path], env=environment, check=True, timeout=120)
+    subprocess.run([*torchrun, script, tmp_path], env=environment, check=True, timeout=PATIENCE)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert (first["rank"], first["first"], second["rank"], second["first"]) == (0, True, 1, False)
     for said in (first, second):

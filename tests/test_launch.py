@@ -1,12 +1,12 @@
 """`stas launch`: ranks, their exit codes made one, and signals, with real processes."""
 
-import os
 import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from stas.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RESUMABLE, EXIT_USAGE
 from stas.launch import _ended, _lost, gravest
 from stas.paths import Workspace
 from stas.progress import read_metrics
-from tests.launch import QUIET, stas
+from tests.launch import PATIENCE, started, stas
 
 
 @pytest.mark.parametrize(
@@ -63,9 +63,8 @@ def test_who_counts_as_lost(said: str, alive: bool, lost: bool, tmp_path: Path):
         assert _ended(rank.pid), "also when somebody has waited for it"
 
 
-def start(arguments: list[object], **environment: str) -> subprocess.Popen[str]:
-    line = [sys.executable, "-m", "stas", "launch", *map(str, arguments)]
-    return subprocess.Popen(line, env=os.environ | QUIET | environment, stderr=subprocess.PIPE, text=True)
+def start(arguments: list[object]) -> AbstractContextManager[subprocess.Popen[str]]:
+    return started([sys.executable, "-m", "stas", "launch", *map(str, arguments)])
 
 
 def recipe_file(recipe: Recipe, path: Path, epochs: int) -> Path:
@@ -115,7 +114,7 @@ def test_a_signal_to_the_launcher_stops_all_ranks_at_one_step(
             assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(sent)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == EXIT_RESUMABLE, said
     # 7 images in batches of 4: two steps an epoch, so that a loss sum of both ranks belongs to one of them.
     assert load_checkpoint(run.checkpoint("last")).facts["progress"]["epoch"] >= 2
@@ -131,6 +130,6 @@ def test_two_launchers_meet_and_train_as_two_nodes(store_workspace: Workspace, t
     node = ["--nodes", 2, "--processes", 1, "--rendezvous", place, "--job", "both"]
     arguments = ["train", "--recipe", path, "--workspace", store_workspace.root, "--run", "two-nodes"]
     with start([*node, "--node", 1, *arguments]) as second, start([*node, "--node", 0, *arguments]) as first:
-        said = first.communicate(timeout=120)[1] + second.communicate(timeout=120)[1]
+        said = first.communicate(timeout=PATIENCE)[1] + second.communicate(timeout=PATIENCE)[1]
     assert (first.returncode, second.returncode) == (0, 0), said
     assert len(re.findall(r"epoch +2/2", said)) == 1  # one rank speaks

@@ -10,23 +10,26 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from stas import locks, paths
 from stas.errors import StoppedEarly
 from stas.locks import Holder, lock
 from tests.chaos import why_no_strace
+from tests.launch import PATIENCE, wait_until
 
 HOLD = """
-import sys, time
+import sys
 from pathlib import Path
 from stas.locks import lock
 with lock(Path(sys.argv[1])):
     print("held", flush=True)
-    time.sleep(float(sys.argv[2]))
+    sys.stdin.read()
 """
 
 
@@ -35,9 +38,10 @@ def path(tmp_path: Path) -> Path:
     return paths.lock(tmp_path / "thing")
 
 
-def holder_process(path: Path, seconds: float = 60) -> subprocess.Popen[str]:
-    """A process of its own that has the lock when this returns."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, path, str(seconds)], stdout=subprocess.PIPE, text=True)
+def holder_process(path: Path) -> subprocess.Popen[str]:
+    """A process of its own that has the lock when this returns, until its input is closed."""
+    line = [sys.executable, "-c", HOLD, path]
+    process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout and process.stdout.readline() == "held\n"
     return process
 
@@ -77,15 +81,24 @@ def test_the_second_waits_then_says_who_holds_it(path):
 
 def test_the_second_goes_on_when_the_first_has_ended(path, caplog):
     caplog.set_level("INFO")
-    with holder_process(path, seconds=0.5), lock(path):
-        assert "waiting" in caplog.text and "taken over" not in caplog.text
+
+    def end_the_first() -> None:
+        wait_until(lambda: "waiting" in caplog.text, "the second")
+        process.communicate()
+
+    with holder_process(path) as process, ThreadPoolExecutor() as threads:
+        ended = threads.submit(end_the_first)
+        with lock(path):
+            assert "waiting" in caplog.text and "taken over" not in caplog.text
+        ended.result()
 
 
 def test_a_killed_process_is_succeeded_at_once(path, caplog):
     with holder_process(path) as process:
         process.send_signal(signal.SIGKILL)
-        time.sleep(0.1)  # a zombie still: nobody has waited for it
-        with lock(path, patience=1):
+        zombie = psutil.Process(process.pid)  # nobody waits for it
+        wait_until(lambda: zombie.status() == psutil.STATUS_ZOMBIE, "its end")
+        with lock(path, patience=PATIENCE):
             assert f"taken over from host {os.uname().nodename}, process {process.pid}" in caplog.text
     assert not list(path.parent.iterdir())
 
@@ -101,7 +114,7 @@ def test_a_stopped_process_on_this_machine_is_alive_however_long_it_is_silent(pa
 
 def test_a_process_number_used_again_is_another_process(path):
     leave(path, 0, machine=locks._machine())  # process 1 runs, but did not start at tick 1
-    with lock(path, patience=1):
+    with lock(path, patience=PATIENCE):
         pass
 
 
@@ -110,7 +123,7 @@ def test_another_machine_lives_by_its_heartbeat(path, caplog):
     with pytest.raises(StoppedEarly, match="host node7, process 1, since 2026-01-01"), lock(path, patience=0.2):
         pass
     leave(path, silent=locks.STALE + 5)
-    with lock(path, patience=1):
+    with lock(path, patience=PATIENCE):
         assert "taken over from host node7" in caplog.text
 
 
@@ -178,16 +191,14 @@ def test_the_heartbeat_beats(path, monkeypatch):
     monkeypatch.setattr(locks, "HEARTBEAT", 0.05)
     with lock(path):
         os.utime(path, (0, 0))
-        time.sleep(0.3)
-        assert time.time() - path.stat().st_mtime < 5
+        wait_until(lambda: time.time() - path.stat().st_mtime < 5, "a sign of life")
 
 
 def test_a_holder_that_lost_its_lock_stops_before_it_publishes(path, monkeypatch):
     monkeypatch.setattr(locks, "HEARTBEAT", 0.05)
     with pytest.raises(StoppedEarly, match="lost its lock to host node7, process 1"), lock(path) as held:
         leave(path, 0)
-        time.sleep(0.3)
-        assert held.lost
+        wait_until(lambda: held.lost, "the heartbeat to notice")
         held.check()
     assert "node7" in path.read_text()  # the new holder keeps it
     path.unlink()
@@ -202,7 +213,7 @@ def test_a_damaged_lock_ends_by_its_age(path, content):
     with pytest.raises(StoppedEarly, match="host unknown"), lock(path, patience=0.1):
         pass
     os.utime(path, (0, 0))
-    with lock(path, patience=1):
+    with lock(path, patience=PATIENCE):
         pass
 
 
@@ -210,7 +221,7 @@ def test_a_lock_file_cannot_lead_out_of_its_directory(path):
     left = asdict(leave(path, 0)) | {"token": "/../../x"}
     path.write_text(json.dumps(left))
     os.utime(path, (0, 0))
-    with lock(path, patience=1):
+    with lock(path, patience=PATIENCE):
         pass
     assert not list(path.parent.iterdir())
 
@@ -221,7 +232,7 @@ def test_a_dead_taker_is_itself_taken_over(path):
     taker = leave(path.with_name(f"{path.name}.{dead.token[:12]}"), silent=1000)
     leave(path.with_name(f"{path.name}.{dead.token[:12]}.{taker.token[:12]}"), silent=1000)
     path.with_name(f"{path.name}.{taker.token}.new").write_text("")
-    with lock(path, patience=1):
+    with lock(path, patience=PATIENCE):
         pass
     assert not list(path.parent.iterdir())
 
@@ -262,7 +273,7 @@ def test_without_hard_links(path, monkeypatch):
     with lock(path), pytest.raises(StoppedEarly, match=f"process {os.getpid()}"), lock(path, patience=0.1):
         pass
     leave(path, 1000)
-    with lock(path, patience=1):
+    with lock(path, patience=PATIENCE):
         pass
     assert not list(path.parent.iterdir())
 

@@ -17,6 +17,7 @@ from stas.images import read_grey, read_image, write_mask
 from stas.paths import Workspace, manifest, store_data
 from stas.preprocess import preprocess
 from stas.store import Store, area_resize, open_store
+from tests.launch import PATIENCE
 
 HEIGHT, WIDTH = 40, 60
 
@@ -439,7 +440,7 @@ def test_two_at_once(cases):
     )
     arguments = [sys.executable, "-c", command, cases.images, cases.annotations, cases.workspace.root]
     both = [subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
-    outputs = [process.communicate(timeout=120) for process in both]
+    outputs = [process.communicate(timeout=PATIENCE) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     assert outputs[0][0] == outputs[1][0]
     store = open_store(cases.workspace, load_recipe("lite0").data)

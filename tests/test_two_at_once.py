@@ -5,21 +5,40 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from stas import paths
 from stas.config import Recipe
 from stas.paths import Workspace
-from tests.launch import QUIET, command
+from tests.launch import PATIENCE, QUIET, command, wait_until
 from tests.test_disk import content, finished, stages  # noqa: F401  a fixture
 from tests.test_locks import leave
 from tests.test_train import recipe_file
 
 pytestmark = pytest.mark.slow
 STAGES = ["preprocess", "train", "infer", "vote", "evaluate"]
+# For a process of its own: it stops, as by SIGSTOP, at its first file operation in a directory that has a lock.
+STOP_WITH_LOCK = """
+import os, signal, sys
+from pathlib import Path
+
+root, busy = os.environ.pop("STOP_WITH_LOCK_IN", None), []
+
+def look(event, arguments):
+    if busy or not event.startswith(("open", "os.")) or not arguments or not str(arguments[0]).startswith(root):
+        return
+    busy.append(True)
+    if any(path.name.endswith(".lock") for path in Path(root).rglob(".*")):
+        os.kill(os.getpid(), signal.SIGSTOP)
+    else:
+        busy.clear()
+
+if root:
+    sys.addaudithook(look)
+"""
 BUSY = "in use by host {host}, process {pid}, since "
 
 RANKS = """
@@ -47,21 +66,24 @@ def workspace(finished: Workspace, tmp_path: Path, request: pytest.FixtureReques
     return workspace
 
 
-def start(arguments: tuple[object, ...]) -> subprocess.Popen[str]:
-    return subprocess.Popen(command(arguments), env=os.environ | QUIET, stderr=subprocess.PIPE, text=True)
+def start(arguments: tuple[object, ...], **environment: str) -> subprocess.Popen[str]:
+    variables = os.environ | QUIET | environment
+    return subprocess.Popen(command(arguments), env=variables, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for_lock(root: Path, process: subprocess.Popen[str]) -> None:
-    while not any(path.name.endswith(".lock") for path in root.rglob(".*")):
+def wait_for_stop(process: subprocess.Popen[str]) -> None:
+    def stopped() -> bool:
         assert process.poll() is None, process.communicate()
-        time.sleep(0.001)
+        return psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
+
+    wait_until(stopped, "the first to have its lock")
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_one_works_and_the_other_waits_or_finds_it_done(workspace, sample, tiny: Recipe, tmp_path, stage):
     arguments = stages(sample, recipe_file(tiny, tmp_path), workspace.root)[stage]
     both = [start(arguments) for _ in range(2)]
-    said = [process.communicate(timeout=300)[1] for process in both]
+    said = [process.communicate(timeout=PATIENCE)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert not any("Traceback" in text for text in said)
     once = content(workspace.root)
@@ -73,9 +95,10 @@ def test_one_works_and_the_other_waits_or_finds_it_done(workspace, sample, tiny:
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_next_start_takes_over_from_a_killed_one(workspace, sample, tiny: Recipe, tmp_path, stage):
     arguments = stages(sample, recipe_file(tiny, tmp_path), workspace.root)[stage]
-    with start(arguments) as process:
-        wait_for_lock(workspace.root, process)
-        process.send_signal(signal.SIGSTOP)  # while the second waits, it says who holds the lock
+    (tmp_path / "sitecustomize.py").write_text(STOP_WITH_LOCK)
+    variables = {"PYTHONPATH": f"{tmp_path}:{Path.cwd()}", "STOP_WITH_LOCK_IN": str(workspace.root)}
+    with start(arguments, **variables) as process:
+        wait_for_stop(process)  # while the second waits, it says who holds the lock
         with start(arguments) as second:
             assert second.stderr
             lines = [second.stderr.readline()]
@@ -97,7 +120,7 @@ def test_the_first_rank_takes_the_lock_and_the_others_learn_the_outcome(tmp_path
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, path]
 
     def said() -> list[str]:
-        done = subprocess.run(run, env=os.environ | QUIET, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(run, env=os.environ | QUIET, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0, done.stderr
         return sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
 
