@@ -93,7 +93,7 @@ def _preprocess(options: argparse.Namespace) -> None:
             options.images,
             options.annotations,
             _workspace(options),
-            recipe,
+            recipe.data,
             masks=options.masks,
             skip_bad=options.skip_bad,
             workers=options.workers,

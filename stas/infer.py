@@ -27,7 +27,7 @@ from stas.model import build_network
 from stas.paths import Workspace, lock, manifest, prediction, probability
 from stas.predictions import check_replaceable, is_finished, is_settled, named, publish, tidy, write_manifest
 from stas.progress import bar
-from stas.store import area_resize
+from stas.resize import area_resize
 from stas.transforms import as_input
 
 log = logging.getLogger(__name__)

@@ -15,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stas.augment import Changes, draw_changes
+from stas.augment import Changes, draw_changes, draw_window
 from stas.config import Recipe
 from stas.store import Sample, Store
+from stas.tiles import Box
 
 T = TypeVar("T")
 RESIDENT_SHARE = 0.1  # of a GPU's memory that the samples may take; the rest is the network's
@@ -59,8 +60,8 @@ class Pixels:
         self._position = {index: position for position, index in enumerate(samples)}
         self._kept: list[NDArray[np.uint8]] = []
         self._resident: tuple[Tensor, Tensor] | None = None
-        size = len(samples) * store.size[0] * store.size[1] * 4
-        if device.type == "cuda":
+        if device.type == "cuda" and store.size:
+            size = len(samples) * store.size[0] * store.size[1] * 4
             free, total = torch.cuda.mem_get_info(device)  # others may use the GPU too
             if size <= min(free, resident_share * total):
                 self._resident = self._copied()
@@ -70,10 +71,20 @@ class Pixels:
         if self._resident:
             chosen = torch.tensor([self._position[index] for index in indices]).to(self._device)
             return self._resident[0][chosen], self._resident[1][chosen]
+        assert self.store.size
         images, masks = (self._empty(len(indices), *self.store.size, *last) for last in ((3,), ()))
         for position, index in enumerate(indices):
             self.store.image(index, out=images[position].numpy())
             self.store.mask(index, out=masks[position].numpy())
+        return images, masks
+
+    def windows(
+        self, indices: Sequence[int], size: tuple[int, int], seeds: Sequence[tuple[int, ...]]
+    ) -> tuple[Tensor, Tensor]:
+        """A random window of each sample, drawn with its seed: images (N, *size, 3) and masks (N, *size), uint8."""
+        images, masks = (self._empty(len(indices), *size, *last) for last in ((3,), ()))
+        for index, seed, image, mask in zip(indices, seeds, images.numpy(), masks.numpy(), strict=True):
+            read_window(self.store, index, draw_window(self.store.shape(index), size, seed), image, mask)
         return images, masks
 
     def _empty(self, *shape: int) -> Tensor:
@@ -87,6 +98,7 @@ class Pixels:
         return torch.from_numpy(self._kept[-1])
 
     def _copied(self) -> tuple[Tensor, Tensor]:
+        assert self.store.size
         shape = len(self._position), *self.store.size
         images = torch.empty(*shape, 3, dtype=torch.uint8, device=self._device)
         masks = torch.empty(shape, dtype=torch.uint8, device=self._device)
@@ -122,7 +134,10 @@ def epoch_batches(
         # A share of one image has no variance where a network pools globally before it normalises (DeepLabV3+).
         share, weights = rank_share(together, rank, ranks, least=min(2, -(-size // ranks)))
         entries = [pixels.store.samples[index] for index in share]
-        images, masks = pixels.take(share)
+        if pixels.store.size:
+            images, masks = pixels.take(share)
+        else:
+            images, masks = pixels.windows(share, recipe.data.size, [(seed, epoch, index, 1) for index in share])
         low, high = value_range(entries)
         yield Batch(
             images,
@@ -134,6 +149,21 @@ def epoch_batches(
             total=len(together),
             stems=[entry["stem"] for entry in entries],
         )
+
+
+def read_window(store: Store, index: int, box: Box, image: NDArray[np.uint8], mask: NDArray[np.uint8]) -> None:
+    """Read a window of a sample into `image`, (H, W, 3), and `mask`, (H, W).
+
+    A smaller box goes to their middle, and its reflection to the margins.
+    """
+    if mask.shape == (box.height, box.width):
+        store.window(index, box, out=(image, mask))
+        return
+    down, across = mask.shape[0] - box.height, mask.shape[1] - box.width
+    margins = (down // 2, down - down // 2), (across // 2, across - across // 2)
+    for pixels, out in zip(store.window(index, box), (image, mask), strict=True):
+        # Not "reflect", which leaves out the edge and so has nothing to reflect in a single row.
+        out[...] = np.pad(pixels, [*margins, (0, 0)][: pixels.ndim], mode="symmetric")
 
 
 def value_range(entries: Sequence[Sample]) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,10 @@
 """preprocess: images and annotations become one store, which training reads."""
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stas.annotations import Annotation, rasterise, read_labelme
-from stas.config import Data, Recipe
+from stas.config import Data
 from stas.errors import InputDataError, UsageError
 from stas.files import remove_leftovers
-from stas.images import read_grey, read_image, write_mask
+from stas.images import read_grey, read_image, stated_size, write_mask
 from stas.locks import Lock, lock
 from stas.pairs import Pair, find_pairs, pair_hashes, skipped, store_key
 from stas.paths import Workspace, manifest, prediction
@@ -23,7 +24,9 @@ from stas.predictions import read_member_mask
 from stas.progress import bar
 from stas.resources import cores
 from stas.split import split_samples
-from stas.store import Skipped, Store, point_to, points_to
+from stas.store import Store, point_to, pointer, points_to
+from stas.store_manifest import Skipped
+from stas.store_spec import StoreSpec, store_spec
 from stas.store_writer import Record, Source, build_store, make_record
 from stas.workers import records
 
@@ -35,26 +38,25 @@ class Task:
     """What a worker needs to make one sample."""
 
     pair: Pair
-    label: str
-    size: tuple[int, int]
+    spec: StoreSpec
 
 
 def preprocess(
     images: Sequence[Path],
     annotations: Sequence[Path],
     workspace: Workspace,
-    recipe: Recipe,
+    data: Data,
     masks: Path | None = None,
     skip_bad: bool = False,
     workers: int | None = None,
 ) -> Path:
-    """Make the store for a recipe's label and size, unless it is there.
+    """Make the store for a recipe, unless it is there.
 
     Args:
         images: directories of images; a stem may stand in only one of them.
         annotations: directories of LabelMe JSON files and of mask PNGs, each with the stem of its image.
         workspace: where the store goes.
-        recipe: its data section counts.
+        data: the recipe's section.
         masks: a directory that gets each sample's mask as PNG at the image's own size.
         skip_bad: leave bad pairs out and list them in the manifest, instead of failing.
         workers: processes; by default one for each core this process may use.
@@ -68,20 +70,19 @@ def preprocess(
     """
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers}: must be 1 or more")
-    data = recipe.data
-    workspace.dataset(data.label, data.size)  # refuses a label that no file can be named after, before the work
+    spec = store_spec(data)
+    newest = pointer(workspace, spec)  # refuses a label that no file can be named after, before the work
     pairs, bad = find_pairs(images, annotations)
-    directory = workspace.store(store_key(data.label, data.size, pairs, bad))
-    pointer = workspace.dataset(data.label, data.size)
-    with nullcontext() if _is_settled(pointer, directory) else lock(lock_of(pointer)) as held:
+    directory = workspace.store(store_key(spec, pairs, bad))
+    with nullcontext() if _is_settled(newest, directory) else lock(lock_of(newest)) as held:
         if held:
-            for made in (directory, pointer):
+            for made in (directory, newest):
                 remove_leftovers(workspace.stores, f".{made.name}.*.tmp")
         if manifest(directory).is_file():
             log.info("%s is there already, made of the same files", directory)
             _check_skipped(Store(directory).skipped, skip_bad)
         else:
-            _build(directory, pairs, bad, data, skip_bad, workers or cores(), held)
+            _build(directory, pairs, bad, spec, skip_bad, workers or cores(), held)
         del pairs  # of a large data set they take as much memory as its manifest, which is read now
         store = Store(directory)
         point_to(workspace, store)
@@ -102,7 +103,7 @@ def make_sample(task: Task) -> Record | Skipped:
         blamed = pair.image or pair.annotation
         image = read_image(_image_source(pair, annotation))
         blamed = pair.annotation
-        mask = _mask(pair.annotation, annotation, (image.shape[0], image.shape[1]), task.label)
+        mask = _mask(pair.annotation, annotation, (image.shape[0], image.shape[1]), task.spec.labels[0])
         if pair_hashes(pair.annotation, pair.image, annotation) != (pair.annotation_sha256, pair.image_sha256):
             raise InputDataError(f"{blamed}: it or its image changed while being read: run the command again")
     except (InputDataError, OSError) as error:
@@ -114,7 +115,7 @@ def make_sample(task: Task) -> Record | Skipped:
         annotation=pair.annotation.name,
         annotation_sha256=pair.annotation_sha256,
     )
-    return make_record(source, image, mask, task.size)
+    return make_record(source, image, mask, task.spec)
 
 
 def _is_settled(pointer: Path, directory: Path) -> bool:
@@ -127,16 +128,16 @@ def _build(
     directory: Path,
     pairs: Sequence[Pair],
     bad: Sequence[Skipped],
-    data: Data,
+    spec: StoreSpec,
     skip_bad: bool,
     workers: int,
     held: Lock | None,
 ) -> None:
     """Build the store, looking at every pair before failing."""
-    tasks = [Task(pair, data.label, data.size) for pair in pairs]
-    with build_store(directory, data.label, data.size) as writer:
+    tasks = [Task(pair, spec) for pair in pairs]
+    with build_store(directory, spec) as writer:
         writer.skipped += bad
-        made = records(make_sample, tasks, data.size, max(1, min(workers, len(tasks))))
+        made = records(make_sample, tasks, _largest(pairs, spec), max(1, min(workers, len(tasks))))
         for result in bar(made, len(tasks), "preprocess"):
             if not isinstance(result, Record):
                 writer.skipped.append(result)
@@ -147,9 +148,21 @@ def _build(
         if not writer.samples:
             raise InputDataError("no usable pair of image and annotation is left: repair some of the files above")
         if not any(sample["area"] for sample in writer.samples):
-            _check_label([pair.annotation for pair in pairs], data.label)
+            _check_label([pair.annotation for pair in pairs], spec.labels[0])
         if held:
             held.check()
+
+
+def _largest(pairs: Sequence[Pair], spec: StoreSpec) -> tuple[int, int]:
+    """(height, width) of the stored image with the most pixels."""
+    if spec.size:
+        return spec.size
+    shapes = [(1, 1)]
+    for pair in pairs:
+        with suppress(InputDataError, OSError):  # it is reported as bad when it is decoded
+            annotation = None if pair.image else read_labelme(pair.annotation)
+            shapes.append(spec.shape(*stated_size(_image_source(pair, annotation))))
+    return max(shapes, key=math.prod)
 
 
 def _image_source(pair: Pair, annotation: Annotation | None) -> Path | bytes:
@@ -234,11 +247,8 @@ def _holds(path: Path, mask: NDArray[np.bool_]) -> bool:
 def _report(store: Store) -> None:
     """Print what the store holds."""
     shares = np.array([100 * sample["area"] / (sample["height"] * sample["width"]) for sample in store.samples])
-    height, width = store.size
     print(f"store  {store.directory}")
-    print(
-        f"       {len(store)} samples of label {store.label}, {height} x {width} pixels, {len(store.skipped)} left out"
-    )
+    print(f"       {len(store)} samples of {store.spec}, {len(store.skipped)} left out")
     print(
         f"       foreground {shares.min():.2f} to {shares.max():.2f} % of an image, median {np.median(shares):.2f} %; "
         f"{np.count_nonzero(shares == 0)} without any"

@@ -58,5 +58,5 @@ def tiny() -> Recipe:
 def store_workspace(sample: Path, tiny: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """A workspace with the sample's store; tests that train use runs of their own names."""
     workspace = Workspace(tmp_path_factory.mktemp("workspace"))
-    preprocess([sample / "Train_Images"], [sample / "Train_Annotations"], workspace, tiny, workers=1)
+    preprocess([sample / "Train_Images"], [sample / "Train_Annotations"], workspace, tiny.data, workers=1)
     return workspace

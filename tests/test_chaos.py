@@ -125,14 +125,14 @@ def scenarios(two_images: Path, trained: RunPaths, store_workspace: Workspace, t
     def nothing(root: Path) -> None: ...
 
     def make_store(root: Path) -> None:
-        preprocess([images], [annotations], Workspace(root), recipe, masks=root / "masks", workers=1)
+        preprocess([images], [annotations], Workspace(root), recipe.data, masks=root / "masks", workers=1)
 
     def make_other_store(root: Path) -> None:
         other = root / "other"
         shutil.copytree(annotations, other)
         path = next(other.iterdir())
         path.write_text(json.dumps(json.loads(path.read_text()) | {"shapes": []}))
-        preprocess([images], [other], Workspace(root), recipe, masks=root / "masks", workers=1)
+        preprocess([images], [other], Workspace(root), recipe.data, masks=root / "masks", workers=1)
         shutil.rmtree(other)
 
     def with_run(root: Path) -> None:

@@ -84,7 +84,7 @@ def stages(sample: Path, recipe: Path, workspace: Path) -> dict[str, tuple[objec
 def finished(sample: Path, tiny: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """A workspace with a store, a run and three sets of predictions."""
     workspace = Workspace(tmp_path_factory.mktemp("finished"))
-    preprocess([sample / "Train_Images"], [sample / "Train_Annotations"], workspace, tiny, workers=1)
+    preprocess([sample / "Train_Images"], [sample / "Train_Annotations"], workspace, tiny.data, workers=1)
     train(tiny, workspace, "member")
     for name in ("one", "two", "three"):
         infer("member", sample / "Train_Images", workspace, name)

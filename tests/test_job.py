@@ -79,13 +79,13 @@ def test_another_recipe_is_refused(store_workspace: Workspace, tiny: Recipe):
 
 def test_another_store_is_refused(sample: Path, tiny: Recipe, tmp_path: Path):
     workspace, fewer = Workspace(tmp_path / "workspace"), tmp_path / "fewer"
-    preprocess([sample / "Train_Images"], [sample / "Train_Annotations"], workspace, tiny, workers=1)
+    preprocess([sample / "Train_Images"], [sample / "Train_Annotations"], workspace, tiny.data, workers=1)
     run = workspace.run("moved")
     key = saved(tiny, workspace, run).store.key
     shutil.copytree(sample, fewer)
     for directory in ("Train_Images", "Train_Annotations"):
         min((fewer / directory).iterdir()).unlink()
-    preprocess([fewer / "Train_Images"], [fewer / "Train_Annotations"], workspace, tiny, workers=1)
+    preprocess([fewer / "Train_Images"], [fewer / "Train_Annotations"], workspace, tiny.data, workers=1)
     with pytest.raises(UsageError, match=rf"trained on store {key}, the newest is .*the data changed"):
         set_up(tiny, workspace, run, ALONE)
 

@@ -15,7 +15,8 @@ from stas.errors import InputDataError, UsageError
 from stas.images import read_grey, read_image, write_mask
 from stas.paths import Workspace, manifest, store_data
 from stas.preprocess import preprocess
-from stas.store import Store, area_resize, open_store
+from stas.resize import area_resize
+from stas.store import Store, open_store, pointer
 
 HEIGHT, WIDTH = 40, 60
 
@@ -58,7 +59,7 @@ class Cases:
         self.json(stem, *shapes, **values)
 
     def run(self, *changes: str, workers: int | None = 1, **options) -> Store:
-        inputs = [self.images], [self.annotations], self.workspace, recipe(*changes)
+        inputs = [self.images], [self.annotations], self.workspace, recipe(*changes).data
         return Store(preprocess(*inputs, workers=workers, **options))
 
     def problem(self, **options) -> str:
@@ -106,7 +107,7 @@ def test_a_second_run_does_nothing(cases, monkeypatch, caplog):
     files = [
         store_data(store.directory),
         manifest(store.directory),
-        cases.workspace.dataset("STAS", (32, 32)),
+        cases.workspace.dataset("STAS", "32x32"),
         masks / "good.png",
     ]
     before = [path.stat() for path in files]
@@ -127,6 +128,8 @@ def test_every_input_changes_the_key(cases):
     keys = [cases.run().key]
     keys.append(cases.run("data.size=64").key)
     keys.append(cases.run("data.label=tissue").key)
+    keys.append(cases.run("data.scale=0.5").key)
+    keys.append(cases.run("data.scale=0.25").key)
     cases.json("good", rectangle(1, 1, 2, 2))
     keys.append(cases.run().key)
     Image.new("RGB", (WIDTH, HEIGHT)).save(cases.images / "more.png")
@@ -163,7 +166,7 @@ def test_masks_as_annotations(cases):
     """The masks of a store make the same samples again."""
     masks = cases.root / "masks"
     first = cases.run(masks=masks)
-    again = Store(preprocess([cases.images], [masks], cases.workspace, recipe(), workers=1))
+    again = Store(preprocess([cases.images], [masks], cases.workspace, recipe().data, workers=1))
     assert [entry["sha256"] for entry in again.samples] == [entry["sha256"] for entry in first.samples]
     assert again.key != first.key
 
@@ -174,17 +177,17 @@ def test_several_directories(cases, tmp_path):
     extra.image("pseudo")
     write_mask(extra.annotations / "pseudo.png", expected_mask(3, 3, 8, 8))
     images, annotations = [cases.images, extra.images], [cases.annotations, extra.annotations]
-    store = Store(preprocess(images, annotations, cases.workspace, recipe(), workers=1))
+    store = Store(preprocess(images, annotations, cases.workspace, recipe().data, workers=1))
     assert [(entry["stem"], entry["area"]) for entry in store.samples] == [("good", 200), ("more", 25), ("pseudo", 36)]
     (extra.images / "pseudo.png").rename(extra.images / "good.png")
     with pytest.raises(InputDataError, match="share the stem 'good'"):
-        preprocess(images, annotations, cases.workspace, recipe(), workers=1)
+        preprocess(images, annotations, cases.workspace, recipe().data, workers=1)
 
 
 def test_json_beside_the_images(cases):
     for path in cases.annotations.iterdir():
         path.rename(cases.images / path.name)
-    store = Store(preprocess([cases.images], [cases.images], cases.workspace, recipe(), workers=1))
+    store = Store(preprocess([cases.images], [cases.images], cases.workspace, recipe().data, workers=1))
     assert [entry["area"] for entry in store.samples] == [200, 25]
 
 
@@ -219,6 +222,44 @@ def test_embedded_image_only(cases):
         (cases.annotations / f"{name}.json").unlink()
     cases.json("inside2", imageData=json.loads((cases.annotations / "inside.json").read_text())["imageData"])
     assert len(cases.run()) == 2  # the directory of images is empty
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_images_stored_at_a_scale_keep_their_shapes(cases, workers, capsys):
+    """One larger than the others, one that is embedded, one that lies on its side, one that is bad."""
+    pixels = np.random.default_rng(0).integers(0, 256, (61, 83, 3), np.uint8)
+    Image.fromarray(pixels).save(cases.images / "large.png")
+    cases.json("large", imageHeight=61, imageWidth=83)
+    path = cases.image("inside")
+    cases.json("inside", imageData=base64.b64encode(path.read_bytes()).decode(), imageHeight=None, imageWidth=None)
+    path.unlink()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    cases.image("turned", ".jpg", exif=exif)
+    cases.json("turned", imageHeight=WIDTH, imageWidth=HEIGHT)
+    cases.json("bad")
+    (cases.images / "bad.png").write_bytes(b"no image")
+    store = cases.run("data.scale=0.5", workers=workers, skip_bad=True)
+    assert [(entry["stem"], entry["stored"]) for entry in store.samples] == [
+        ("good", (20, 30)), ("inside", (20, 30)), ("large", (30, 42)), ("more", (20, 30)), ("turned", (30, 20))
+    ]  # fmt: skip
+    assert [Path(entry["file"]).name for entry in store.skipped] == ["bad.png"]
+    assert np.array_equal(store.image(2), np.rint(area_resize(pixels, (30, 42))))
+    store.verify()
+    assert open_store(cases.workspace, recipe("data.scale=0.5").data).key == store.key
+    assert "5 samples of label STAS at scale 0.5, 1 left out" in capsys.readouterr().out
+
+
+def test_a_store_of_an_earlier_format_is_made_again(cases):
+    old = cases.run()
+    path = manifest(old.directory)
+    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
+    moved = old.directory.rename(cases.workspace.store("earlier"))  # its key held the format, too
+    pointer(cases.workspace, old.spec).write_text(json.dumps({"store": moved.name}))
+    with pytest.raises(InputDataError, match=r"earlier: a store of format 1, .*: run `stas preprocess` again"):
+        open_store(cases.workspace, recipe().data)
+    new = cases.run()
+    assert open_store(cases.workspace, recipe().data).key == new.key != "earlier"
 
 
 def test_image_of_another_stem_by_its_path(cases):
@@ -411,7 +452,7 @@ def test_nothing_usable(tmp_path):
     cases.pair("bad", imageHeight=1, imageWidth=1)
     assert "no usable pair" in cases.problem(skip_bad=True)
     with pytest.raises(InputDataError, match="not a directory"):
-        preprocess([cases.images], [tmp_path / "gone"], cases.workspace, recipe())
+        preprocess([cases.images], [tmp_path / "gone"], cases.workspace, recipe().data)
 
 
 def test_a_misspelt_label_is_refused_with_those_that_are_there(cases):
@@ -434,7 +475,7 @@ def test_two_at_once(cases):
         "import sys; from pathlib import Path; from stas.config import load_recipe; from stas.paths import Workspace\n"
         "from stas.preprocess import preprocess\n"
         "i, a, w = map(Path, sys.argv[1:])\n"
-        "preprocess([i], [a], Workspace(w), load_recipe('lite0', ['data.split.kind=fraction']), workers=1)"
+        "preprocess([i], [a], Workspace(w), load_recipe('lite0', ['data.split.kind=fraction']).data, workers=1)"
     )
     arguments = [sys.executable, "-c", command, cases.images, cases.annotations, cases.workspace.root]
     both = [subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]

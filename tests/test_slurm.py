@@ -53,7 +53,7 @@ def site(sample: Path, tiny: Recipe, tmp_path_factory: pytest.TempPathFactory) -
         "OMP_NUM_THREADS": "1",
     }
     workspace = Workspace(root / "workspace")
-    preprocess([sample / "Train_Images"], [sample / "Train_Annotations"], workspace, tiny, workers=1)
+    preprocess([sample / "Train_Images"], [sample / "Train_Annotations"], workspace, tiny.data, workers=1)
     return SimpleNamespace(root=root, workspace=workspace, environment=environment, sample=sample)
 
 

@@ -8,7 +8,8 @@ from monai.transforms.utility.array import EnsureChannelFirst
 
 from stas.config import Data, Recipe, Train
 from stas.loader import Pixels, epoch_batches
-from stas.store import area_resize, open_store
+from stas.resize import area_resize
+from stas.store import open_store
 from stas.transforms import as_input, normalise, prepare, scale_intensity
 
 

@@ -88,7 +88,8 @@ def make_bench(scratch: Path, device: torch.device, quick: bool) -> Bench:
     )
     site = Site(scratch, scratch, images, annotations, [], quick)
     bench = Bench(site, Workspace(scratch / "workspace"), device, samples)
-    preprocess([images], [annotations], bench.workspace, bench.recipe("efficientnet_b6_ns", Variant("fp32", False)))
+    recipe = bench.recipe("efficientnet_b6_ns", Variant("fp32", False))
+    preprocess([images], [annotations], bench.workspace, recipe.data)
     return bench
 
 

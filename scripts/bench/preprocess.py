@@ -38,7 +38,7 @@ def measure(site: Site) -> Iterator[Row]:
 
     def stage(workers: int) -> None:
         shutil.rmtree(place / "workspace", ignore_errors=True)
-        preprocess([images], [annotations], Workspace(place / "workspace"), recipe, workers=workers)
+        preprocess([images], [annotations], Workspace(place / "workspace"), recipe.data, workers=workers)
 
     seconds = interleaved(
         {"limit": limit, "one process": lambda: stage(1), "two processes": lambda: stage(2)}, min(3, site.repeats)

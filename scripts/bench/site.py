@@ -65,7 +65,7 @@ def make_site(scratch: Path, out: Path, quick: bool = False) -> Site:
 def make_store(site: Site, root: Path, recipe: Recipe, count: int) -> Workspace:
     """A workspace at `root` whose store for `recipe` holds `count` samples (see `multiplied`)."""
     images, annotations = (multiplied(source, root / source.name, count) for source in (site.images, site.annotations))
-    preprocess([images], [annotations], Workspace(root), recipe)
+    preprocess([images], [annotations], Workspace(root), recipe.data)
     return Workspace(root)
 
 
