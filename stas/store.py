@@ -8,8 +8,6 @@ Image and mask are one record for each tile, because py-lmdb touches every page 
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import lmdb
@@ -83,7 +81,7 @@ class Store:
 
     def image(self, index: int, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
         """The stored image: RGB, (H, W, 3), uint8, writable; copied to `out` where it is given."""
-        return self._pixels(index, "image", (3,), whole(self.shape(index)), out)
+        return self._pixels(index, "image", (3,), None, out)
 
     def mask(self, index: int, out: NDArray[np.uint8] | None = None, label: str | None = None) -> NDArray[np.uint8]:
         """The stored mask: (H, W), uint8, the covered share of each pixel times 255, writable.
@@ -93,7 +91,7 @@ class Store:
             out: (H, W), uint8; where it is given, the mask is copied there.
             label: by default the store's only one.
         """
-        return self._pixels(index, mask_part(label or self.label), (), whole(self.shape(index)), out)
+        return self._pixels(index, mask_part(label or self.label), (), None, out)
 
     def window(
         self,
@@ -156,43 +154,46 @@ class Store:
         return self.samples[index]
 
     def _pixels(
-        self, index: int, part: str, channels: tuple[int, ...], box: Box, out: NDArray[np.uint8] | None
+        self, index: int, part: str, channels: tuple[int, ...], box: Box | None, out: NDArray[np.uint8] | None
     ) -> NDArray[np.uint8]:
-        """Copy a rectangle of an image or a mask out of its tiles; of those beside it, no page is touched."""
+        """Copy an image or a mask, or a rectangle of one out of its tiles without touching the pages of others."""
         shape = self.shape(index)
+        if box is None and self.spec.size:  # all that is read while training on whole images: one tile
+            return self._read(index, f"{part}/0/0", (*shape, *channels), out=out)
+        box = box or whole(shape)
         if out is None:
             out = np.empty((box.height, box.width, *channels), np.uint8)
         assert out.shape == (box.height, box.width, *channels)
-        with self._records(index) as record:
-            for name, tile in tiles(shape, self.spec.tile, box):
-                stored = tile.height, tile.width, *channels
-                pixels = record(f"{part}/{name}", math.prod(stored)).reshape(stored)
-                common = tile.common(box)
-                out[common.slices(box)] = pixels[common.slices(tile)]
+        for name, tile in tiles(shape, self.spec.tile, box):
+            common, stored = tile.common(box), (tile.height, tile.width, *channels)
+            self._read(index, f"{part}/{name}", stored, common.slices(tile), out[common.slices(box)])
         return out
 
-    def _read(self, index: int, part: str) -> NDArray[np.uint8]:
-        """Copy a record as it is."""
-        with self._records(index) as record:
-            return record(part).copy()
-
-    @contextmanager
-    def _records(self, index: int) -> Iterator[Callable[..., NDArray[np.uint8]]]:
-        """Yield a function that gives a record of a sample, mapped, until the block ends."""
+    def _read(
+        self,
+        index: int,
+        part: str,
+        shape: tuple[int, ...] | None = None,
+        slices: tuple[slice, ...] = (),
+        out: NDArray[np.uint8] | None = None,
+    ) -> NDArray[np.uint8]:
+        """Copy a record, or the `slices` of one of this shape."""
         stem = self._sample(index)["stem"]
-
-        def record(part: str, length: int | None = None) -> NDArray[np.uint8]:
-            data = transaction.get(record_key(index, part))
-            if data is None or (length is not None and len(data) != length):
-                found = "no" if data is None else f"{len(data)} instead of {length} bytes of"
-                raise InputDataError(f"{self.directory}: sample {stem} has {found} {part}: {MAKE_AGAIN}")
-            return np.frombuffer(data, np.uint8)
-
         if self._file is None:
             self._file = self._local_file()
         try:
             with environment(self._file).begin(buffers=True) as transaction:
-                yield record
+                data = transaction.get(record_key(index, part))
+                if data is None or (shape is not None and len(data) != math.prod(shape)):
+                    found = "no" if data is None else f"{len(data)} instead of {math.prod(shape or ())} bytes of"
+                    raise InputDataError(f"{self.directory}: sample {stem} has {found} {part}: {MAKE_AGAIN}")
+                pixels = np.frombuffer(data, np.uint8)  # copied, as the buffer ends with the transaction
+                pixels = pixels.reshape(shape or -1)[slices]
+                if out is None:
+                    return pixels.copy()
+                assert out.shape == pixels.shape
+                out[...] = pixels
+                return out
         except lmdb.Error as error:
             raise InputDataError(f"{self.directory}: sample {stem} is not readable ({error}): {MAKE_AGAIN}") from error
 
