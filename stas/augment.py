@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stas.config import Augment
+from stas.tiles import Box
 
 # Optical density of haematoxylin, eosin and the residual, one a row, as RGB.
 # Ruifrok and Johnston, Quantification of histochemical staining by color deconvolution, 2001.
@@ -49,6 +50,17 @@ def draw_changes(augment: Augment, seeds: Iterable[tuple[int, ...]]) -> Changes:
     """
     drawn = [_draw(augment, np.random.default_rng(seed)) for seed in seeds]
     return Changes(*(torch.from_numpy(np.stack(values)) for values in zip(*drawn, strict=True)))
+
+
+def draw_window(shape: tuple[int, int], size: tuple[int, int], seed: tuple[int, ...]) -> Box:
+    """Draw a window of `size`, each place equally likely, in an image of `shape`, both (height, width) in pixels.
+
+    Where the image is smaller than the window, the box spans all of it.
+    """
+    random = np.random.default_rng(seed)
+    height, width = min(shape[0], size[0]), min(shape[1], size[1])
+    top, left = random.integers((shape[0] - height + 1, shape[1] - width + 1)).tolist()
+    return Box(top, left, height, width)
 
 
 def move(pixels: Tensor, changes: Changes) -> Tensor:

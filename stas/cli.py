@@ -90,16 +90,16 @@ def _preprocess(options: argparse.Namespace) -> None:
     from stas.config import load_recipe
     from stas.ensemble import load_ensemble
     from stas.preprocess import preprocess
-    from stas.store import dataset
+    from stas.store_spec import StoreSpec, store_spec
 
     if options.ensemble:
         recipes = [member.recipe for member in load_ensemble(options.ensemble, options.set).members]
     else:
         recipes = [load_recipe(options.recipe, options.set)]
     workspace = _workspace(options)
-    stores: dict[Path, list[Data]] = {}
+    stores: dict[StoreSpec, list[Data]] = {}
     for recipe in recipes:
-        stores.setdefault(dataset(workspace, recipe.data), []).append(recipe.data)
+        stores.setdefault(store_spec(recipe.data), []).append(recipe.data)
     for sharing in stores.values():
         preprocess(
             options.images,

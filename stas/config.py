@@ -77,6 +77,13 @@ class Data(Section):
     size: tuple[int, int] = Field(
         default=(800, 800), description="height and width in pixels; one number makes a square"
     )
+    scale: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="store each image at this share of its own height and width, and train on random windows of "
+        "data.size; null: store and train on whole images at data.size",
+    )
     intensity: Literal["minmax", "unit"] = Field(
         default="minmax",
         description="minmax: each image's own minimum and maximum to 0 and 1; unit: 0 to 255 to 0 and 1",

@@ -121,6 +121,12 @@ def image_size(source: Path | bytes) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
+def stated_size(source: Path | bytes) -> tuple[int, int]:
+    """(height, width) in pixels before EXIF orientation, from the file's head alone."""
+    image = _open(source, decode=False)
+    return image.height, image.width
+
+
 def grey_size(path: Path) -> tuple[int, int]:
     """(height, width) of what `read_grey` returns, from the file's head; `image_size` decodes a PNG to find EXIF."""
     image = _open(path, decode=False, formats=("PNG",))

@@ -145,7 +145,7 @@ def set_up(
         run=paths,
         ranks=ranks,
         store=store,
-        pixels=SampleCache(store, training, ranks.device),
+        pixels=SampleCache(store, training, ranks.device, recipe.data.size),
         training=training,
         validation=validation,
         network=network,

@@ -8,14 +8,18 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from stas.augment import Changes, draw_changes
+from stas.augment import Changes, draw_changes, draw_window
 from stas.config import Augment, Train
+from stas.resize import reflect
 from stas.store import Sample, Store
 from stas.threads import PREFETCHED
+from stas.tiles import Box
 
 BUFFERS = PREFETCHED + 2  # for those, for the batch in the step, and for the one being made
+WINDOW = 1  # sets the draw of a sample's window apart from its other draws
 RESIDENT_SHARE = 0.1  # of a GPU's memory that the samples may take; the rest is the network's
 
 
@@ -49,33 +53,54 @@ class SampleCache:
     """
 
     def __init__(
-        self, store: Store, samples: Sequence[int], device: torch.device, resident_share: float = RESIDENT_SHARE
+        self,
+        store: Store,
+        samples: Sequence[int],
+        device: torch.device,
+        window: tuple[int, int] | None = None,
+        resident_share: float = RESIDENT_SHARE,
     ) -> None:
-        """Take `samples`, by position in the store; `resident_share` of the GPU's memory is theirs if it suffices."""
+        """Take the samples.
+
+        Args:
+            store: where they are.
+            samples: their positions in it.
+            device: where batches go.
+            window: (height, width) of the network's input; needed for a store at a scale, of whose samples a random
+                window is taken each time.
+            resident_share: the share of the GPU's memory that they may take.
+        """
+        size = store.size or window
+        assert size, "a store at a scale needs a window"
         self.store = store
+        self._size = size
         self._device = device
         self._position = {index: position for position, index in enumerate(samples)}
         self._ring: list[tuple[Tensor, Tensor] | None] = [None] * BUFFERS
         self._taken = 0
         self._resident: tuple[Tensor, Tensor] | None = None
-        size = len(samples) * store.size[0] * store.size[1] * 4
-        if device.type == "cuda":
+        if device.type == "cuda" and store.size:
             free, total = torch.cuda.mem_get_info(device)  # others may use the GPU too
-            if size <= min(free, resident_share * total):
+            if len(samples) * size[0] * size[1] * 4 <= min(free, resident_share * total):
                 self._resident = self._copied()
 
-    def take(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def take(self, indices: Sequence[int], seeds: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
         """Images (N, H, W, 3) and masks (N, H, W), uint8, of samples by their position in the store.
 
-        They may be overwritten by the BUFFERS-th call from now: keep a copy to keep them longer.
+        They may be overwritten by the BUFFERS-th call from now: keep a copy to keep them longer. `seeds` has one for
+        each sample, from which its window is drawn if it has one.
         """
         if self._resident:
             chosen = torch.tensor([self._position[index] for index in indices]).to(self._device)
             return self._resident[0][chosen], self._resident[1][chosen]
         images, masks = self._buffers(len(indices))
-        for position, index in enumerate(indices):
-            self.store.image(index, out=images[position].numpy())
-            self.store.mask(index, out=masks[position].numpy())
+        for index, seed, image, mask in zip(indices, seeds, images.numpy(), masks.numpy(), strict=True):
+            if self.store.size:
+                self.store.image(index, out=image)
+                self.store.mask(index, out=mask)
+            else:
+                box = draw_window(self.store.shape(index), self._size, (*seed, WINDOW))
+                _read_window(self.store, index, box, image, mask)
         return images, masks
 
     def _buffers(self, count: int) -> tuple[Tensor, Tensor]:
@@ -93,12 +118,12 @@ class SampleCache:
         return buffers[0][:count], buffers[1][:count]
 
     def _empty(self, count: int, pinned: bool = False) -> tuple[Tensor, Tensor]:
-        shape = count, *self.store.size
+        shape = count, *self._size
         images = torch.empty(*shape, 3, dtype=torch.uint8, pin_memory=pinned)
         return images, torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
 
     def _copied(self) -> tuple[Tensor, Tensor]:
-        shape = len(self._position), *self.store.size
+        shape = len(self._position), *self._size
         images = torch.empty(*shape, 3, dtype=torch.uint8, device=self._device)
         masks = torch.empty(shape, dtype=torch.uint8, device=self._device)
         for index, position in self._position.items():
@@ -137,25 +162,35 @@ def epoch_batches(
         ranks: how many processes share a batch.
         first: the step to begin with, to go on within an epoch.
     """
-    seed, size = train.seed, train.batch
-    order = np.random.default_rng([seed, epoch]).permutation(np.asarray(samples)).tolist()
+    size = train.batch
+    order = np.random.default_rng([train.seed, epoch]).permutation(np.asarray(samples)).tolist()
     for step in range(first, steps_per_epoch(len(order), size)):
         together = order[step * size : (step + 1) * size]
         # A share of one image has no variance where a network pools globally before it normalises (DeepLabV3+).
         share, weights = rank_share(together, rank, ranks, least=min(2, -(-size // ranks)))
         entries = [cache.store.samples[index] for index in share]
-        images, masks = cache.take(share)
+        seeds = [(train.seed, epoch, index) for index in share]
+        images, masks = cache.take(share, seeds)
         low, high = value_range(entries)
         yield Batch(
             images,
             masks,
             low,
             high,
-            changes=draw_changes(augment, [(seed, epoch, index) for index in share]),
+            changes=draw_changes(augment, seeds),
             weights=torch.tensor(weights),
             total=len(together),
             stems=[entry["stem"] for entry in entries],
         )
+
+
+def _read_window(store: Store, index: int, box: Box, image: NDArray[np.uint8], mask: NDArray[np.uint8]) -> None:
+    """Read a window of a sample into `image`, (H, W, 3), and `mask`, (H, W); a smaller one is reflected around."""
+    if mask.shape == (box.height, box.width):
+        store.window(index, box, out=(image, mask))
+        return
+    for pixels, out in zip(store.window(index, box), (image, mask), strict=True):
+        out[...] = reflect(pixels, (mask.shape[0], mask.shape[1]))
 
 
 def value_range(entries: Sequence[Sample]) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -12,8 +12,10 @@ from stas.annotations import MAX_FILE_BYTES, Annotation, find_image, read_labelm
 from stas.errors import InputDataError
 from stas.files import sha256
 from stas.images import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, SAME_NAME, check_stem, fold, list_images
+from stas.publish import FORMATS
 from stas.resources import cores
-from stas.store import FORMAT, Skipped
+from stas.store_manifest import Skipped
+from stas.store_spec import StoreSpec
 from stas.threads import bar
 from stas.untrusted import check_file, shown
 
@@ -78,12 +80,11 @@ def find_pairs(images: Sequence[Path], annotations: Sequence[Path]) -> tuple[lis
     return pairs, sorted(bad, key=lambda entry: entry["file"])
 
 
-def store_key(label: str, size: tuple[int, int], pairs: Sequence[Pair], bad: Sequence[Skipped]) -> str:
+def store_key(spec: StoreSpec, pairs: Sequence[Pair], bad: Sequence[Skipped]) -> str:
     """The name of the store that these inputs make: 20 hexadecimal digits of a SHA-256."""
     content = {
-        "format": FORMAT,
-        "label": label,
-        "size": size,
+        "format": FORMATS["store"],
+        "spec": asdict(spec),
         "samples": sorted((pair.stem, pair.image_sha256, pair.annotation_sha256) for pair in pairs),
         "bad": sorted(Path(entry["file"]).name for entry in bad),  # because the manifest lists them
     }

@@ -2,7 +2,7 @@
 
 workspace/
     stores/<key>/           data.mdb, manifest.json: an immutable store of samples
-    stores/<dataset>.json   which store was last made for this label and size
+    stores/<dataset>.json   which store was last made for this label and this size or scale
     runs/<run>/             recipe.yaml, split.json, metrics.jsonl, bad_steps.jsonl, curves.png, tensorboard/,
                             checkpoints/
     predictions/<name>/     <stem>.png, probabilities/<stem>.png, manifest.json
@@ -31,9 +31,9 @@ class Workspace:
     def store(self, key: str) -> Path:
         return self.stores / key
 
-    def dataset(self, label: str, size: tuple[int, int]) -> Path:
-        """The pointer to the newest store for a label and a (height, width) in pixels."""
-        return self.stores / f"{_checked('label', label)}-{size[0]}x{size[1]}.json"
+    def dataset(self, label: str, form: str) -> Path:
+        """The pointer to the newest store for a label and a size or scale, such as 800x800 or scale0.5."""
+        return self.stores / f"{_checked('label', label)}-{form}.json"
 
     def run(self, name: str) -> "RunPaths":
         return RunPaths(self.root / "runs" / _checked("run", name))

@@ -1,9 +1,10 @@
 """preprocess: images and annotations become one store, which training reads."""
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,16 +15,18 @@ from stas.annotations import Annotation, rasterise, read_labelme
 from stas.config import Data, Split
 from stas.errors import InputDataError, UsageError
 from stas.files import remove_leftovers
-from stas.images import read_grey, read_image, write_mask
-from stas.locks import Lock, lock
+from stas.images import read_grey, read_image, stated_size, write_mask
+from stas.locks import lock
 from stas.pairs import Pair, find_pairs, pair_hashes, skipped, store_key
-from stas.paths import Workspace, manifest, prediction
+from stas.paths import Workspace, prediction
 from stas.paths import lock as lock_of
 from stas.predictions import read_member_mask
 from stas.resources import cores
 from stas.split import split_samples
-from stas.store import Skipped, Store, dataset, point_to, points_to
-from stas.store_writer import Record, Source, build_store, make_record
+from stas.store import Store, point_to, pointer
+from stas.store_manifest import Skipped
+from stas.store_spec import StoreSpec, store_spec
+from stas.store_writer import Record, Source, StoreWriter, build_store, make_record
 from stas.threads import bar
 from stas.workers import records
 
@@ -35,8 +38,7 @@ class Task:
     """What a worker needs to make one sample."""
 
     pair: Pair
-    label: str
-    size: tuple[int, int]
+    spec: StoreSpec
 
 
 def preprocess(
@@ -49,7 +51,7 @@ def preprocess(
     workers: int | None = None,
     splits: Sequence[Split] = (),
 ) -> Path:
-    """Make the store for a recipe's label and size, unless it is there.
+    """Make the store for a recipe, unless it is there.
 
     Args:
         images: directories of images; a stem may stand in only one of them.
@@ -70,22 +72,19 @@ def preprocess(
     """
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers}: must be 1 or more")
-    dataset(workspace, data)  # refuses a label that no file can be named after, before the work
+    spec = store_spec(data)
+    pointer(workspace, spec)  # refuses a label that no file can be named after, before the work
     pairs, bad = find_pairs(images, annotations)
-    directory = workspace.store(store_key(data.label, data.size, pairs, bad))
-    pointer = dataset(workspace, data)
-    with nullcontext() if _is_settled(pointer, directory) else lock(lock_of(pointer)) as held:
-        if held:
-            for made in (directory, pointer):
-                remove_leftovers(workspace.stores, f".{made.name}.*.tmp")
-        if manifest(directory).is_file():
-            log.info("%s is there already, made of the same files", directory)
-            _check_skipped(Store(directory).skipped, skip_bad)
-        else:
-            _build(directory, pairs, bad, data, skip_bad, workers or cores(), held)
-        del pairs  # of a large data set they take as much memory as its manifest, which is read now
-        store = Store(directory)
-        point_to(workspace, store)
+    directory = workspace.store(store_key(spec, pairs, bad))
+    with build_store(directory, spec) as writer:
+        if writer:
+            _fill(writer, pairs, bad, spec, skip_bad, workers or cores())
+    del pairs  # of a large data set they take as much memory as its manifest, which is read now
+    store = Store(directory)
+    if not writer:
+        log.info("%s is there already, made of the same files", directory)
+        _check_skipped(store.skipped, skip_bad)
+    point_to(workspace, store)
     if masks is not None:
         _write_masks(store, masks)
     _report(store)
@@ -103,7 +102,7 @@ def make_sample(task: Task) -> Record | Skipped:
         blamed = pair.image or pair.annotation
         image = read_image(_image_source(pair, annotation))
         blamed = pair.annotation
-        mask = _mask(pair.annotation, annotation, (image.shape[0], image.shape[1]), task.label)
+        mask = _mask(pair.annotation, annotation, (image.shape[0], image.shape[1]), task.spec.labels[0])
         if pair_hashes(pair.annotation, pair.image, annotation) != (pair.annotation_sha256, pair.image_sha256):
             raise InputDataError(f"{blamed}: it or its image changed while being read: run the command again")
     except (InputDataError, OSError) as error:
@@ -115,42 +114,39 @@ def make_sample(task: Task) -> Record | Skipped:
         annotation=pair.annotation.name,
         annotation_sha256=pair.annotation_sha256,
     )
-    return make_record(source, image, mask, task.size)
+    return make_record(source, image, mask, task.spec)
 
 
-def _is_settled(pointer: Path, directory: Path) -> bool:
-    """Whether the store is there and pointed to, and nobody is at work on it or was killed at it."""
-    beside = [path for made in (pointer, directory) for path in made.parent.glob(f".{made.name}.*")]
-    return manifest(directory).is_file() and points_to(pointer, directory.name) and not beside
-
-
-def _build(
-    directory: Path,
-    pairs: Sequence[Pair],
-    bad: Sequence[Skipped],
-    data: Data,
-    skip_bad: bool,
-    workers: int,
-    held: Lock | None,
+def _fill(
+    writer: StoreWriter, pairs: Sequence[Pair], bad: Sequence[Skipped], spec: StoreSpec, skip_bad: bool, workers: int
 ) -> None:
-    """Build the store, looking at every pair before failing."""
-    tasks = [Task(pair, data.label, data.size) for pair in pairs]
-    with build_store(directory, data.label, data.size) as writer:
-        writer.skipped += bad
-        made = records(make_sample, tasks, data.size, max(1, min(workers, len(tasks))))
-        for result in bar(made, len(tasks), "preprocess"):
-            if not isinstance(result, Record):
-                writer.skipped.append(result)
-            elif skip_bad or not writer.skipped:  # else the store will not come to be
-                writer.add(result)
-        writer.skipped.sort(key=lambda entry: entry["file"])
-        _check_skipped(writer.skipped, skip_bad)
-        if not writer.samples:
-            raise InputDataError("no usable pair of image and annotation is left: repair some of the files above")
-        if not any(sample["area"] for sample in writer.samples):
-            _check_label([pair.annotation for pair in pairs], data.label)
-        if held:
-            held.check()
+    """Store every pair, looking at all of them before failing."""
+    tasks = [Task(pair, spec) for pair in pairs]
+    writer.skipped += bad
+    made = records(make_sample, tasks, _largest(pairs, spec), max(1, min(workers, len(tasks))))
+    for result in bar(made, len(tasks), "preprocess"):
+        if not isinstance(result, Record):
+            writer.skipped.append(result)
+        elif skip_bad or not writer.skipped:  # else the store will not come to be
+            writer.add(result)
+    writer.skipped.sort(key=lambda entry: entry["file"])
+    _check_skipped(writer.skipped, skip_bad)
+    if not writer.samples:
+        raise InputDataError("no usable pair of image and annotation is left: repair some of the files above")
+    if not any(sample["area"] for sample in writer.samples):
+        _check_label([pair.annotation for pair in pairs], spec.labels[0])
+
+
+def _largest(pairs: Sequence[Pair], spec: StoreSpec) -> tuple[int, int]:
+    """(height, width) of the stored image with the most pixels."""
+    if spec.size:
+        return spec.size
+    shapes = [(1, 1)]
+    for pair in pairs:
+        with suppress(InputDataError, OSError):  # it is reported as bad when it is decoded
+            annotation = None if pair.image else read_labelme(pair.annotation)
+            shapes.append(spec.shape(*stated_size(_image_source(pair, annotation))))
+    return max(shapes, key=math.prod)
 
 
 def _image_source(pair: Pair, annotation: Annotation | None) -> Path | bytes:
@@ -235,11 +231,8 @@ def _holds(path: Path, mask: NDArray[np.bool_]) -> bool:
 def _report(store: Store) -> None:
     """Print what the store holds."""
     shares = np.array([100 * sample["area"] / (sample["height"] * sample["width"]) for sample in store.samples])
-    height, width = store.size
     print(f"store  {store.directory}")
-    print(
-        f"       {len(store)} samples of label {store.label}, {height} x {width} pixels, {len(store.skipped)} left out"
-    )
+    print(f"       {len(store)} samples of {store.spec}, {len(store.skipped)} left out")
     print(
         f"       foreground {shares.min():.2f} to {shares.max():.2f} % of an image, median {np.median(shares):.2f} %; "
         f"{np.count_nonzero(shares == 0)} without any"

@@ -26,14 +26,16 @@ from stas import paths
 from stas.errors import InputDataError, UsageError
 from stas.files import exchange, read_json, remove_leftovers, sync_files, sync_path, write_json
 from stas.locks import lock
+from stas.untrusted import shown
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
 SHOWN = 10  # cases named in a message; more would hide the message
 BYSTANDERS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # what file browsers leave in any directory they show
 
 Kind = Literal["store", "prediction set", "vote", "evaluation"]
+# Of what a directory holds; raised when it can no longer be read as before.
+FORMATS: dict[Kind, int] = {"store": 2, "prediction set": 2, "vote": 2, "evaluation": 2}
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def write_manifest(directory: Path, output: Output, finished: bool = True, **con
     """
     files = {str(path.relative_to(directory)): path.stat().st_size for path in _files(directory)}
     files.pop(paths.manifest(directory).name, None)
-    head = {"format": FORMAT, "kind": output.kind, "key": output.key if finished else None}
+    head = {"format": FORMATS[output.kind], "kind": output.kind, "key": output.key if finished else None}
     write_json(paths.manifest(directory), head | content | {"files": files})
 
 
@@ -111,19 +113,21 @@ def read_manifest(directory: Path, *kinds: Kind) -> dict[str, Any]:
 
     Args:
         directory: the directory.
-        kinds: what it may be; anything where none is given.
+        kinds: what it may be.
 
     Raises:
-        InputDataError: no manifest, or not one of this format and these kinds.
+        InputDataError: no manifest, or not one of these kinds in their present formats.
     """
     content = read_json(paths.manifest(directory))
-    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("files"), dict):
+    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
+        raise InputDataError(f"{paths.manifest(directory)}: not a manifest: remove the directory and make it again")
+    kind, found = content.get("kind"), content.get("format")
+    if kind not in kinds:
+        raise InputDataError(f"{directory}: a {shown(kind)}, not a {' or '.join(kinds)}: name another")
+    if found != FORMATS[kind]:
         raise InputDataError(
-            f"{paths.manifest(directory)}: not a manifest of format {FORMAT}: remove the directory and make it again"
-        )
-    if kinds and content.get("kind") not in kinds:
-        raise InputDataError(
-            f"{directory}: a {content.get('kind')}, not a {' or '.join(kinds)}: give another directory"
+            f"{directory}: a {kind} of format {shown(found)}, and this version reads {FORMATS[kind]}: "
+            "remove it and make it again"
         )
     return content
 

@@ -5,10 +5,9 @@ import logging
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -18,10 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stas.deflate import pack
-from stas.files import sync_path, write_json
+from stas.files import sync_path
 from stas.filesystems import on_network
-from stas.paths import manifest, store_data
-from stas.store import FORMAT, Sample, Skipped, area_resize, copy_file, digest, local_disk, record_key
+from stas.paths import store_data
+from stas.publish import Output, building, write_manifest
+from stas.resize import area_resize
+from stas.store import digest, full_part, mask_part, record_key
+from stas.store_file import copy_file, local_disk
+from stas.store_manifest import Sample, Skipped
+from stas.store_spec import StoreSpec
+from stas.tiles import tiles, whole
 
 log = logging.getLogger(__name__)
 
@@ -49,28 +54,33 @@ class Record:
     full_mask: bytes  # one bit a pixel of the original, packed
 
 
-def make_record(source: Source, image: NDArray[np.uint8], mask: NDArray[np.bool_], size: tuple[int, int]) -> Record:
+def make_record(source: Source, image: NDArray[np.uint8], mask: NDArray[np.bool_], spec: StoreSpec) -> Record:
     """Make the stored form of a sample.
 
     Args:
         source: where it came from.
         image: RGB at its own size, (h, w, 3), uint8.
         mask: foreground at the same size, (h, w).
-        size: (height, width) of the stored image and mask.
+        spec: what the store is made for, with one label.
     """
     assert image.shape[:2] == mask.shape
+    (label,) = spec.labels
+    stored = spec.shape(*mask.shape)
+    area = int(np.count_nonzero(mask))
     # MONAI scales to [0, 1] before it resizes; both are affine in the pixels, so raw bytes can be stored.
-    small = area_resize(image, size, scale=1)
-    small_mask = area_resize(mask, size, scale=255)
+    small = area_resize(image, stored, scale=1)
+    small_mask = area_resize(mask, stored, scale=255)
     full = pack(np.packbits(mask))
     sample = Sample(
         stem=source["stem"],
         sha256=digest(small, small_mask, full),
         height=mask.shape[0],
         width=mask.shape[1],
+        stored=stored,
         min=int(image.min()),
         max=int(image.max()),
-        area=int(np.count_nonzero(mask)),
+        area=area,
+        areas={label: area},
         image=source["image"],
         image_sha256=source["image_sha256"],
         annotation=source["annotation"],
@@ -82,10 +92,12 @@ def make_record(source: Source, image: NDArray[np.uint8], mask: NDArray[np.bool_
 class StoreWriter:
     """Takes the records of a store that is being built; one process at a time."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, spec: StoreSpec) -> None:
         self.samples: list[Sample] = []
         self.skipped: list[Skipped] = []
         self._file = file
+        self._spec = spec
+        (self._label,) = spec.labels
         with _disk_errors(file):
             # Nobody else knows the file yet, so neither locks nor a sync for each record are needed.
             self._env = lmdb.open(str(file), map_size=MAP_STEP, subdir=False, lock=False, sync=False, mode=0o644)
@@ -94,7 +106,11 @@ class StoreWriter:
 
     def add(self, record: Record) -> None:
         """Store one sample; its position is the number of samples before it."""
-        parts = {"image": record.image.data.cast("B"), "mask": record.mask.data.cast("B"), "full": record.full_mask}
+        parts = {
+            **self._tiles("image", record.image),
+            **self._tiles(mask_part(self._label), record.mask),
+            full_part(self._label): record.full_mask,
+        }
         while True:
             try:
                 with _disk_errors(self._file), self._env.begin(write=True) as transaction:
@@ -105,6 +121,13 @@ class StoreWriter:
                 self._start_sync()
                 self._env.set_mapsize(self._env.info()["map_size"] + MAP_STEP + sum(map(len, parts.values())))
         self.samples.append(record.sample)
+
+    def _tiles(self, part: str, pixels: NDArray[np.uint8]) -> dict[str, memoryview]:
+        shape = pixels.shape[0], pixels.shape[1]
+        return {
+            f"{part}/{name}": np.ascontiguousarray(pixels[tile.slices(whole(shape))]).data.cast("B")
+            for name, tile in tiles(shape, self._spec.tile, whole(shape))
+        }
 
     def sync(self) -> None:
         """Bring everything to disk."""
@@ -139,73 +162,64 @@ def _disk_errors(file: Path) -> Iterator[None]:
 
 
 @contextmanager
-def build_store(
-    directory: Path, label: str, size: tuple[int, int], network: bool | None = None
-) -> Iterator[StoreWriter]:
+def build_store(directory: Path, spec: StoreSpec, network: bool | None = None) -> Iterator[StoreWriter | None]:
     """Build a store that appears under `directory` only when the block ends well.
-
-    If another process finishes the same store first, this one's is discarded.
 
     Args:
         directory: the store, whose name is its content key.
-        label: the label that is foreground.
-        size: (height, width) of the stored images.
+        spec: what the store is made for, with one label.
         network: whether `directory` is on a network file system; found out if None.
+
+    Yields:
+        What takes its samples; None where the store is there already.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(directory.parent)
-    remote = on_network(directory.parent) if network is None else network
-    temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.tmp")
-    local = local_disk() / f"stas-{os.getuid()}-{directory.name}.build" if remote else temporary
-    if remote:  # what a killed process left
-        shutil.rmtree(local, ignore_errors=True)
+    output = Output(directory, "store", directory.name)
+    with building(output) as partial:
+        if partial is None:
+            yield None
+            return
+        _remove_abandoned(directory.parent, partial)
+        remote = on_network(directory.parent) if network is None else network
+        with _scratch(directory.name) if remote else nullcontext(partial) as local:
+            writer = StoreWriter(store_data(local), spec)
+            try:
+                yield writer
+                writer.sync()
+            finally:
+                writer.close()
+            if remote:
+                copy_file(store_data(local), store_data(partial))
+        write_manifest(
+            partial,
+            output,
+            labels=spec.labels,
+            size=spec.size,
+            scale=spec.scale,
+            samples=writer.samples,
+            skipped=writer.skipped,
+        )
+
+
+@contextmanager
+def _scratch(key: str) -> Iterator[Path]:
+    """A directory of this user alone on local disk, for a store whose own place is on a network file system."""
+    local = local_disk() / f"stas-{os.getuid()}-{key}.build"
+    shutil.rmtree(local, ignore_errors=True)  # what a killed process left
+    local.mkdir(mode=0o700)
     try:
-        temporary.mkdir()
-        local.mkdir(mode=0o700, exist_ok=not remote)
-        writer = StoreWriter(store_data(local))
-        try:
-            yield writer
-            writer.sync()
-        finally:
-            writer.close()
-        if remote:
-            copy_file(store_data(local), store_data(temporary))
-        content = {
-            "format": FORMAT,
-            "key": directory.name,
-            "label": label,
-            "size": list(size),
-            "bytes": store_data(temporary).stat().st_size,
-            "samples": writer.samples,
-            "skipped": writer.skipped,
-        }
-        write_json(manifest(temporary), content)
-        _publish(temporary, directory)
+        yield local
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if remote:
-            shutil.rmtree(local, ignore_errors=True)
+        shutil.rmtree(local, ignore_errors=True)
 
 
-def _publish(temporary: Path, directory: Path) -> None:
-    """Give a finished store its name, unless another process was faster."""
-    sync_path(temporary)
-    try:
-        os.rename(temporary, directory)  # noqa: PTH104 (beside os.replace in files.py: must fail where one stands)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        log.info("%s: another process finished it first; its store is used", directory)
-    sync_path(directory.parent)
-
-
-def _remove_abandoned(stores: Path) -> None:
-    """Remove what processes that were killed while they built a store have left."""
-    for path in stores.glob(".*.tmp"):
+def _remove_abandoned(stores: Path, own: Path) -> None:
+    """Remove what processes that were killed while they built other stores have left."""
+    for path in stores.glob(".*.partial"):
         try:
             newest = max(entry.stat().st_mtime for entry in (path, *path.glob("*")))
         except FileNotFoundError:  # its process removed or renamed it meanwhile
             continue
-        if path.is_dir() and time.time() - newest > ABANDONED:
+        if path != own and path.is_dir() and time.time() - newest > ABANDONED:
             log.info("%s: removed; a build of a store ended there unfinished", path)
             shutil.rmtree(path, ignore_errors=True)

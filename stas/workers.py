@@ -17,22 +17,22 @@ from numpy.typing import NDArray
 
 from stas.errors import InputDataError, UsageError
 from stas.resources import keep_freed_memory
-from stas.store import Sample, Skipped
+from stas.store_manifest import Sample, Skipped
 from stas.store_writer import Record
 
 Item = TypeVar("Item")
-Place = tuple[NDArray[np.uint8], NDArray[np.uint8]]  # of an image (height, width, 3) and its mask (height, width)
+Pixels = NDArray[np.uint8]
 
 
 def records(
-    make: Callable[[Item], Record | Skipped], items: Sequence[Item], size: tuple[int, int], workers: int
+    make: Callable[[Item], Record | Skipped], items: Sequence[Item], largest: tuple[int, int], workers: int
 ) -> Iterator[Record | Skipped]:
     """Map `make` over processes, in order, with at most two results a worker in flight, so that memory stays flat.
 
     Args:
         make: a function of a module, called once per item. One worker means that this process calls it.
         items: the items.
-        size: (height, width) of the records' images in pixels.
+        largest: (height, width) in pixels of the largest of the records' images.
         workers: processes.
 
     Yields:
@@ -49,17 +49,21 @@ def records(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([make.__module__])
     count = min(2 * workers, len(items))
-    needed = count * size[0] * size[1] * 4  # bytes
+    each = largest[0] * largest[1] * 4  # bytes of an image and its mask
+    needed = count * each
     _check_room(needed, workers)
     shared = context.RawArray("B", needed)
-    places = _places(shared, size)
-    pool = ProcessPoolExecutor(workers, context, initializer=_prepare, initargs=(shared, size))
+    places = _places(shared, each)
+    pool = ProcessPoolExecutor(workers, context, initializer=_prepare, initargs=(shared, each))
     waiting: deque[tuple[int, Future[tuple[Sample, bytes] | Skipped]]] = deque()
 
     def first() -> Record | Skipped:
         place, future = waiting.popleft()
         made = future.result()
-        return Record(made[0], *places[place], made[1]) if isinstance(made, tuple) else made
+        if not isinstance(made, tuple):
+            return made
+        sample, full_mask = made
+        return Record(sample, *_image_and_mask(places[place], sample["stored"]), full_mask)
 
     try:
         for index, item in enumerate(items):
@@ -87,25 +91,30 @@ def _check_room(needed: int, workers: int) -> None:
         )
 
 
-def _places(shared: "Array[Any]", size: tuple[int, int]) -> list[Place]:
-    image, mask = size[0] * size[1] * 3, size[0] * size[1]
-    rows = np.frombuffer(memoryview(shared), np.uint8).reshape(-1, image + mask)
-    return [(row[:image].reshape(*size, 3), row[image:].reshape(size)) for row in rows]
+def _places(shared: "Array[Any]", each: int) -> list[Pixels]:
+    return list(np.frombuffer(memoryview(shared), np.uint8).reshape(-1, each))
 
 
-_own: list[Place] = []  # of a worker process: the places it may write to
+def _image_and_mask(place: Pixels, shape: tuple[int, int]) -> tuple[Pixels, Pixels]:
+    """An image (height, width, 3) and its mask (height, width), at the start of a place."""
+    pixels = shape[0] * shape[1]
+    assert pixels * 4 <= len(place)
+    return place[: pixels * 3].reshape(*shape, 3), place[pixels * 3 : pixels * 4].reshape(shape)
 
 
-def _prepare(shared: "Array[Any]", size: tuple[int, int]) -> None:
+_own: list[Pixels] = []  # of a worker process: the places it may write to
+
+
+def _prepare(shared: "Array[Any]", each: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers
     keep_freed_memory()
-    _own[:] = _places(shared, size)
+    _own[:] = _places(shared, each)
 
 
 def _make(make: Callable[[Item], Record | Skipped], item: Item, place: int) -> tuple[Sample, bytes] | Skipped:
     made = make(item)
     if not isinstance(made, Record):
         return made
-    image, mask = _own[place]
+    image, mask = _image_and_mask(_own[place], made.sample["stored"])
     image[...], mask[...] = made.image, made.mask
     return made.sample, made.full_mask

@@ -51,7 +51,8 @@ from stas.pickles import convert_weights
 from stas.predictions import read_member_mask
 from stas.publish import Output, check_replaceable, is_finished, write_manifest
 from stas.split import split_samples
-from stas.store import Store, open_store
+from stas.store import Store, open_store, pointer
+from stas.tiles import Box
 from tests import test_store
 from tests.fuzzing import PROFILE, TEXTS, VALUES, Referee, altered, json_files, pictures, repair_png, spoilt
 from tests.test_annotations import TRIANGLE, shape
@@ -144,8 +145,15 @@ def test_fuzz_image(referee: Referee, outside: Path, kind: str):
     fuzz()
 
 
+@pytest.fixture(params=["size", "scale"])
+def store(outside: Path, request: pytest.FixtureRequest) -> Store:
+    if request.param == "size":
+        return test_store.build(outside / "stores" / "key")
+    return test_store.build_scaled(outside / "stores" / "key", 1.0, [(50, 70), (600, 9), (1, 1)])
+
+
 @pytest.fixture
-def store(outside: Path) -> Store:
+def sized(outside: Path) -> Store:
     return test_store.build(outside / "stores" / "key")
 
 
@@ -153,7 +161,14 @@ def read_store(store: Store) -> None:
     opened = Store(store.directory, network=False)
     try:
         for index in range(len(opened)):
-            assert opened.image(index).size and opened.mask(index).size and opened.full_mask(index).size
+            height, width = opened.shape(index)
+            image, mask = opened.image(index), opened.mask(index)
+            assert image.shape == (height, width, 3) and mask.shape == (height, width)
+            assert opened.full_mask(index).size
+            corner = Box(height // 2, width // 2, height - height // 2, width - width // 2)
+            parts = opened.window(index, corner)
+            assert np.array_equal(parts[0], image[height // 2 :, width // 2 :])
+            assert np.array_equal(parts[1], mask[height // 2 :, width // 2 :])
         opened.verify()
     finally:
         opened.close()
@@ -202,10 +217,10 @@ def pages(draw: st.DrawFn, whole: bytes) -> bytes:
     return bytes(data)
 
 
-def test_fuzz_pointer_to_a_store(referee: Referee, outside: Path, store: Store):
+def test_fuzz_pointer_to_a_store(referee: Referee, outside: Path, sized: Store):
     workspace = Workspace(outside)
     data = Data.model_validate({"size": test_store.SIZE})
-    path = workspace.dataset("STAS", test_store.SIZE)
+    path = pointer(workspace, test_store.SPEC)
 
     @PROFILE
     @given(json_files([{"store": "key"}]) | TEXTS.map(lambda text: json.dumps({"store": text}).encode()))
@@ -381,7 +396,7 @@ def test_fuzz_manifest_of_predictions(referee: Referee, outside: Path):
     fuzz()
 
 
-def test_fuzz_list_of_a_split(referee: Referee, outside: Path, store: Store):
+def test_fuzz_list_of_a_split(referee: Referee, outside: Path, sized: Store):
     path = outside / "list.txt"
     split = Split.model_validate({"kind": "list", "file": path})
 
@@ -389,7 +404,7 @@ def test_fuzz_list_of_a_split(referee: Referee, outside: Path, store: Store):
     @given(spoilt([b"s0\ns1\n", b"# text\ns2\n"]))
     def fuzz(content: bytes) -> None:
         path.write_bytes(content)
-        referee.judge(lambda: split_samples(store.samples, split))
+        referee.judge(lambda: split_samples(sized.samples, split))
 
     fuzz()
 
@@ -600,17 +615,17 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path, reader: str, name: st
     measured(reader, path, SMALL, name)
 
 
-def test_a_full_mask_is_no_bomb(store: Store, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_mask_is_no_bomb(sized: Store, monkeypatch: pytest.MonkeyPatch):
     bomb = np.frombuffer(zlib.compress(bytes(10**8)), np.uint8)
-    monkeypatch.setattr(store, "_read", lambda *_: bomb)
+    monkeypatch.setattr(sized, "_read", lambda *_: bomb)
     with pytest.raises(InputDataError, match="full mask of sample s0 is damaged"):
-        store.full_mask(0)
+        sized.full_mask(0)
 
 
 @pytest.mark.parametrize("part", ["root", "last page", "lower bound", "first node"])
-def test_crazy_page_numbers_do_not_end_the_process(store: Store, part: str):
+def test_crazy_page_numbers_do_not_end_the_process(sized: Store, part: str):
     """Opened as it is, LMDB ends with a signal, or looks for the page beyond the end of the file."""
-    path = store_data(store.directory)
+    path = store_data(sized.directory)
     data = bytearray(path.read_bytes())
     newer = max((0, 4096), key=lambda meta: struct.unpack_from("<Q", data, meta + 144))
     (root,) = struct.unpack_from("<Q", data, newer + 128)
@@ -619,13 +634,13 @@ def test_crazy_page_numbers_do_not_end_the_process(store: Store, part: str):
     struct.pack_into("<H" if part[0] in "lf" and part != "last page" else "<Q", data, place[part], 0xFFF0)
     path.write_bytes(data)
     with pytest.raises(InputDataError, match="not a data file as LMDB writes it"):
-        read_store(store)
+        read_store(sized)
 
 
 @pytest.mark.parametrize("kind", ["stem", "key", "pointer"])
 @pytest.mark.parametrize("name", ["../../x", "/tmp/x", "..", "", "a/b", "a\0b", "x" * 300])
-def test_a_crafted_store_leads_nowhere_else(store: Store, kind: str, name: str, outside: Path):
-    path = manifest(store.directory)
+def test_a_crafted_store_leads_nowhere_else(sized: Store, kind: str, name: str, outside: Path):
+    path = manifest(sized.directory)
     content = json.loads(path.read_text())
     if kind == "stem":
         content["samples"][0]["stem"] = name
@@ -633,9 +648,53 @@ def test_a_crafted_store_leads_nowhere_else(store: Store, kind: str, name: str, 
         content["key"] = name
     path.write_text(json.dumps(content))
     workspace = Workspace(outside)
-    workspace.dataset("STAS", test_store.SIZE).write_text(json.dumps({"store": name if kind == "pointer" else "key"}))
+    pointer(workspace, test_store.SPEC).write_text(json.dumps({"store": name if kind == "pointer" else "key"}))
     with pytest.raises(InputDataError, match="delete"):
         open_store(workspace, Data.model_validate({"size": test_store.SIZE}))
+
+
+@pytest.mark.parametrize(
+    ("change", "refusal"),
+    [
+        ({"size": None}, "size None and scale None, where one of them must be given"),
+        ({"scale": 0.5}, r"size \(32, 40\) and scale 0.5, where one"),
+        ({"size": None, "scale": 1.5}, "scale is 1.5, Input should be less than or equal to 1"),
+        ({"size": None, "scale": 1e-300}, r"sample s0 stored as \(32, 40\), where .* is stored as \(1, 1\)"),
+        ({"size": [64, 40]}, r"sample s0 stored as \(32, 40\), where .* is stored as \(64, 40\)"),
+        ({"size": [10**9, 10**9]}, "size.0 is 1000000000, Input should be less than or equal to 8192"),
+        ({"labels": []}, "labels is "),
+        ({"labels": ["STAS", "tissue"]}, "labels is "),
+        ({"labels": ["../x"]}, "labels.0 is "),
+        ({"labels": ["tissue"]}, r"sample s0 with areas of .*STAS.*, where the labels are tissue"),
+        ({"stored": [65_535, 65_535]}, r"sample s0 stored as \(65535, 65535\)"),
+        ({"stored": [0, 40]}, "samples.0.stored.0 is 0"),
+        ({"stored": [32]}, "samples.0.stored"),
+        ({"areas": {"STAS": -1}}, "samples.0.areas.STAS is -1"),
+    ],
+)  # fmt: skip
+def test_a_manifest_that_contradicts_itself_is_refused(sized: Store, change: dict, refusal: str):
+    path = manifest(sized.directory)
+    content = json.loads(path.read_text())
+    for key, value in change.items():
+        (content["samples"][0] if key in ("stored", "areas") else content)[key] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputDataError, match=f"{refusal}.*: delete the store and run"):
+        Store(sized.directory)
+
+
+def test_a_record_of_another_length_is_refused(outside: Path):
+    """The manifest's shapes are changed together, so that they agree with each other but not with the data."""
+    store = test_store.build_scaled(outside / "stores" / "key", 1.0, [(50, 70)])
+    path = manifest(store.directory)
+    content = json.loads(path.read_text())
+    content["samples"][0] |= {"height": 5000, "width": 700, "stored": [5000, 700]}
+    path.write_text(json.dumps(content))
+    changed = Store(store.directory, network=False)
+    for box in (Box(0, 0, 10, 10), Box(4000, 600, 10, 10)):
+        with pytest.raises(InputDataError, match=r"sample s0 has (no|10500 instead of 786432 bytes of) image"):
+            changed.window(0, box)
+    with pytest.raises(InputDataError, match="sample s0 has 10500 instead of 786432 bytes of image"):
+        changed.image(0)
 
 
 def test_a_pickle_runs_nothing(tmp_path: Path):

@@ -1,12 +1,16 @@
 import time
 
+import numpy as np
 import pytest
 import torch
 
+from stas.augment import draw_changes, draw_window
 from stas.config import Data
-from stas.loader import BUFFERS, SampleCache, epoch_batches, rank_share, steps_per_epoch
-from stas.store import open_store
+from stas.loader import BUFFERS, Batch, SampleCache, epoch_batches, rank_share, steps_per_epoch
+from stas.store import Store, open_store
 from stas.threads import prefetch
+from stas.tiles import Box
+from tests.test_store import build_scaled
 
 
 def batches(workspace, recipe, rank=0, ranks=1, epoch=0, first=0):
@@ -114,7 +118,7 @@ def test_the_short_last_batch_leaves_room_for_whole_ones(store_workspace, tiny):
     store = open_store(store_workspace, tiny.data)
     cache = SampleCache(store, range(10), torch.device("cpu"))
     for count in (2, 4, 3) * BUFFERS:
-        images, masks = cache.take(range(count))
+        images, masks = cache.take(range(count), [(0,)] * count)
         assert images.shape == (count, 64, 64, 3) and masks.shape == (count, 64, 64)
         assert torch.equal(images[-1], torch.from_numpy(store.image(count - 1)))
 
@@ -122,3 +126,72 @@ def test_the_short_last_batch_leaves_room_for_whole_ones(store_workspace, tiny):
 def test_a_wrong_size_has_no_store(store_workspace):
     with pytest.raises(ValueError, match="stas preprocess"):
         open_store(store_workspace, Data(size=(96, 96)))
+
+
+@pytest.fixture(scope="module")
+def scaled_store(tmp_path_factory) -> Store:
+    """Larger than the window of 64 x 64, smaller on one side, on both, and of a single pixel."""
+    return build_scaled(tmp_path_factory.mktemp("scaled") / "key", 1.0, [(90, 200), (40, 130), (20, 9), (1, 1)])
+
+
+def windows(store, recipe, epoch=0, rank=0, ranks=1) -> list[Batch]:
+    cache = SampleCache(store, range(len(store)), torch.device("cpu"), recipe.data.size)
+    return list(epoch_batches(cache, range(len(store)), recipe.train, recipe.augment, epoch, rank, ranks))
+
+
+def test_a_training_window_is_a_part_of_its_sample(scaled_store, tiny):
+    places = set()
+    for epoch in range(20):
+        (batch,) = windows(scaled_store, tiny, epoch)
+        assert batch.images.shape == (4, 64, 64, 3) and batch.masks.shape == (4, 64, 64)
+        position = batch.stems.index("s0")
+        whole_image, whole_mask = scaled_store.image(0), scaled_store.mask(0)
+        first = batch.images[position, 0, 0].numpy()
+        found = [
+            (top, left)
+            for top, left in np.argwhere((whole_image == first).all(-1)).tolist()
+            if np.array_equal(whole_image[top : top + 64, left : left + 64], batch.images[position].numpy())
+        ]
+        ((top, left),) = found
+        assert np.array_equal(whole_mask[top : top + 64, left : left + 64], batch.masks[position].numpy())
+        places.add((top, left))
+    assert len(places) > 15
+
+
+def test_a_training_window_depends_on_seed_epoch_and_index_alone(scaled_store, tiny):
+    (alone,), (again,) = windows(scaled_store, tiny), windows(scaled_store, tiny)
+    assert torch.equal(alone.images, again.images)
+    shares = [windows(scaled_store, tiny, rank=rank, ranks=2)[0] for rank in range(2)]
+    assert torch.equal(torch.cat([share.images for share in shares]), alone.images)
+    assert torch.equal(torch.cat([share.masks for share in shares]), alone.masks)
+    other = windows(scaled_store, tiny, epoch=1)[0]
+    one, two = alone.stems.index("s0"), other.stems.index("s0")
+    assert not torch.equal(alone.images[one], other.images[two])
+
+
+def test_windows_leave_the_other_draws_as_they_were(scaled_store, tiny):
+    (batch,) = windows(scaled_store, tiny)
+    seeds = [(tiny.train.seed, 0, int(stem[1:])) for stem in batch.stems]
+    assert torch.equal(batch.changes.gain, draw_changes(tiny.augment, seeds).gain)
+
+
+@pytest.mark.parametrize(("index", "rows", "columns"), [(1, 40, 64), (2, 20, 9), (3, 1, 1)])
+def test_an_image_smaller_than_the_window_is_reflected_around(scaled_store, tiny, index, rows, columns):
+    (batch,) = windows(scaled_store, tiny)
+    position = batch.stems.index(f"s{index}")
+    image, mask = batch.images[position].numpy(), batch.masks[position].numpy()
+    top, left = (64 - rows) // 2, (64 - columns) // 2
+    inner = image[top : top + rows, left : left + columns]
+    assert np.array_equal(
+        np.pad(inner, ((top, 64 - rows - top), (left, 64 - columns - left), (0, 0)), "symmetric"), image
+    )
+    if columns < 64:
+        assert np.array_equal(inner, scaled_store.image(index))
+        assert np.array_equal(mask[top : top + rows, left : left + columns], scaled_store.mask(index))
+
+
+def test_drawn_windows_reach_every_place():
+    drawn = [draw_window((10, 7), (8, 5), (0, 0, number, 1)) for number in range(300)]
+    assert {(box.top, box.left) for box in drawn} == {(top, left) for top in range(3) for left in range(3)}
+    assert {(box.height, box.width) for box in drawn} == {(8, 5)}
+    assert draw_window((4, 9), (8, 9), (0,)) == Box(0, 0, 4, 9)

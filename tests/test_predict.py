@@ -1,4 +1,6 @@
-"""The one forward pass: symmetries, precision, and one image at a time."""
+"""The one forward pass: symmetries, precision, windows, and one image at a time."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -66,6 +68,35 @@ def test_a_picture_holds_what_the_store_would():
     assert shrunk.pixels.shape == (32, 32, 3) and shrunk.pixels.dtype == np.uint8
     assert (shrunk.low, shrunk.high, shrunk.size) == (7, 200, (64, 64))
     assert shrunk.pixels.max() < 200, "the extremes are those before the resize"
+
+
+AT_SCALE = Settings(Data(size=(32, 48), scale=0.5), "fp32", channels_last=False, tta=False)
+
+
+class Brightness(nn.Module):
+    """Gives each pixel's first channel, whatever the window, and remembers the windows' sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(()))  # says which device the network is on
+        self.seen: set[tuple[int, ...]] = set()
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen.add(tuple(images.shape))
+        return images[:, :1].clone()
+
+
+@pytest.mark.parametrize(("height", "width"), [(200, 300), (64, 96), (64, 300), (30, 50), (2, 2)])
+@pytest.mark.parametrize("tta", [False, True])
+def test_at_a_scale_windows_of_the_networks_size_cover_the_image(height: int, width: int, tta: bool):
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8)
+    given, network = shrink(image, AT_SCALE.data), Brightness()
+    assert given.pixels.shape == (height // 2, width // 2, 3)
+    logits = predict_logits(network, given, replace(AT_SCALE, tta=tta))
+    assert network.seen <= {(1, 3, 32, 48), (1, 3, 48, 32)}
+    scaled = (torch.from_numpy(given.pixels).float() - given.low) / (given.high - given.low)
+    expected = interpolate(scaled.permute(2, 0, 1)[None, :1], (height, width), mode="bilinear")[0, 0]
+    assert torch.allclose(logits, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

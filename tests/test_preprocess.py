@@ -16,7 +16,8 @@ from stas.errors import InputDataError, UsageError
 from stas.images import read_grey, read_image, write_mask
 from stas.paths import Workspace, manifest, store_data
 from stas.preprocess import preprocess
-from stas.store import Store, area_resize, open_store
+from stas.resize import area_resize
+from stas.store import Store, open_store, pointer
 from tests.launch import PATIENCE
 
 HEIGHT, WIDTH = 40, 60
@@ -108,7 +109,7 @@ def test_a_second_run_does_nothing(cases, monkeypatch, caplog):
     files = [
         store_data(store.directory),
         manifest(store.directory),
-        cases.workspace.dataset("STAS", (32, 32)),
+        cases.workspace.dataset("STAS", "32x32"),
         masks / "good.png",
     ]
     before = [path.stat() for path in files]
@@ -129,6 +130,8 @@ def test_every_input_changes_the_key(cases):
     keys = [cases.run().key]
     keys.append(cases.run("data.size=64").key)
     keys.append(cases.run("data.label=tissue").key)
+    keys.append(cases.run("data.scale=0.5").key)
+    keys.append(cases.run("data.scale=0.25").key)
     cases.json("good", rectangle(1, 1, 2, 2))
     keys.append(cases.run().key)
     Image.new("RGB", (WIDTH, HEIGHT)).save(cases.images / "more.png")
@@ -221,6 +224,44 @@ def test_embedded_image_only(cases):
         (cases.annotations / f"{name}.json").unlink()
     cases.json("inside2", imageData=json.loads((cases.annotations / "inside.json").read_text())["imageData"])
     assert len(cases.run()) == 2  # the directory of images is empty
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_images_stored_at_a_scale_keep_their_shapes(cases, workers, capsys):
+    """One larger than the others, one that is embedded, one that lies on its side, one that is bad."""
+    pixels = np.random.default_rng(0).integers(0, 256, (61, 83, 3), np.uint8)
+    Image.fromarray(pixels).save(cases.images / "large.png")
+    cases.json("large", imageHeight=61, imageWidth=83)
+    path = cases.image("inside")
+    cases.json("inside", imageData=base64.b64encode(path.read_bytes()).decode(), imageHeight=None, imageWidth=None)
+    path.unlink()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    cases.image("turned", ".jpg", exif=exif)
+    cases.json("turned", imageHeight=WIDTH, imageWidth=HEIGHT)
+    cases.json("bad")
+    (cases.images / "bad.png").write_bytes(b"no image")
+    store = cases.run("data.scale=0.5", workers=workers, skip_bad=True)
+    assert [(entry["stem"], entry["stored"]) for entry in store.samples] == [
+        ("good", (20, 30)), ("inside", (20, 30)), ("large", (30, 42)), ("more", (20, 30)), ("turned", (30, 20))
+    ]  # fmt: skip
+    assert [Path(entry["file"]).name for entry in store.skipped] == ["bad.png"]
+    assert np.array_equal(store.image(2), np.rint(area_resize(pixels, (30, 42))))
+    store.verify()
+    assert open_store(cases.workspace, recipe("data.scale=0.5").data).key == store.key
+    assert "5 samples of label STAS at scale 0.5, 1 left out" in capsys.readouterr().out
+
+
+def test_a_store_of_an_earlier_format_is_made_again(cases):
+    old = cases.run()
+    path = manifest(old.directory)
+    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
+    moved = old.directory.rename(cases.workspace.store("earlier"))  # its key held the format, too
+    pointer(cases.workspace, old.spec).write_text(json.dumps({"store": moved.name}))
+    with pytest.raises(InputDataError, match=r"earlier: a store of format 1, .*: run `stas preprocess` again"):
+        open_store(cases.workspace, recipe().data)
+    new = cases.run()
+    assert open_store(cases.workspace, recipe().data).key == new.key != "earlier"
 
 
 def test_image_of_another_stem_by_its_path(cases):
@@ -517,5 +558,5 @@ def test_an_ensemble_gets_a_store_for_each_size(cases: Cases, tmp_path: Path, ca
     command = ["preprocess", "--images", str(cases.images), "--annotations", str(cases.annotations), "--workers", "1"]
     assert main([*command, "--workspace", str(cases.workspace.root), "--ensemble", str(ensemble)]) == 0
     said = capsys.readouterr().out
-    assert said.count("label STAS, 32 x 32 pixels") == said.count("label STAS, 64 x 64 pixels") == 1
+    assert said.count("label STAS at 32 x 32 pixels") == said.count("label STAS at 64 x 64 pixels") == 1
     assert all(open_store(cases.workspace, load_recipe("lite0", [f"data.size={size}"]).data) for size in (32, 64))

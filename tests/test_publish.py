@@ -54,7 +54,7 @@ def test_a_damaged_manifest_is_not_finished(tmp_path: Path, text: str):
     (tmp_path / "manifest.json").write_text(text)
     assert not is_finished(Output(tmp_path, "vote", {}))
     with pytest.raises(InputDataError):
-        read_manifest(tmp_path)
+        read_manifest(tmp_path, "vote")
 
 
 def test_a_newer_result_replaces_the_older_and_leaves_nothing_else(tmp_path: Path):
@@ -89,7 +89,7 @@ def test_what_is_not_ours_is_never_replaced(tmp_path: Path):
 @pytest.mark.parametrize("kind", ["prediction set", "store", "evaluation"])
 def test_a_directory_of_another_kind_is_never_replaced(tmp_path: Path, kind: publish.Kind):
     made(tmp_path / "set", kind=kind)
-    refused(tmp_path / "set", "vote", f"a {kind}, not a vote")
+    refused(tmp_path / "set", "vote", f"a '{kind}', not a vote")
 
 
 def test_files_added_or_changed_since_keep_a_directory_from_being_replaced(tmp_path: Path):

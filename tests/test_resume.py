@@ -88,7 +88,7 @@ def stop_within_validation(images: int) -> None:
     """Have SIGTERM sent to this process while the given image, counted over the run, is validated."""
     read, count = Store.full_mask, [0]
 
-    def read_and_signal(self: Store, index: int) -> Any:
+    def read_and_signal(self: Store, index: int, label: str | None = None) -> Any:
         count[0] += 1
         if count[0] == images:
             os.kill(os.getpid(), signal.SIGTERM)

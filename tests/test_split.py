@@ -17,7 +17,7 @@ def samples(count: int, areas=None) -> list[Sample]:
     return [
         Sample(
             stem=f"s{index:04d}", sha256="", height=9, width=9, min=0, max=255,
-            area=index if areas is None else int(areas[index]),
+            stored=(9, 9), area=index if areas is None else int(areas[index]), areas={},
             image="", image_sha256="", annotation="", annotation_sha256="",
         )
         for index in range(count)

@@ -1,10 +1,15 @@
+import ctypes
 import errno
+import faulthandler
+import mmap
 import multiprocessing
 import os
 import pickle
+import signal
 import threading
 import time
 import tracemalloc
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +22,23 @@ from monai.transforms.spatial.array import Resize
 from stas.config import Data
 from stas.errors import InputDataError, UsageError
 from stas.paths import Workspace, manifest, store_data
-from stas.store import Store, _environment, area_resize, open_store, point_to
+from stas.resize import area_resize
+from stas.store import Store, open_store, point_to, pointer
+from stas.store_file import environment
+from stas.store_spec import StoreSpec
 from stas.store_writer import ABANDONED, Source, build_store, make_record
+from stas.tiles import Box
 
 SIZE = (32, 40)
+SPEC = StoreSpec(("STAS",), SIZE)
 
 
 def source(stem: str) -> Source:
     return Source(stem=stem, image=f"{stem}.jpg", image_sha256="0", annotation=f"{stem}.json", annotation_sha256="1")
+
+
+def of_size(side: int) -> StoreSpec:
+    return StoreSpec(("STAS",), (side, side))
 
 
 def picture(seed: int, height=50, width=70) -> tuple[np.ndarray, np.ndarray]:
@@ -33,9 +47,23 @@ def picture(seed: int, height=50, width=70) -> tuple[np.ndarray, np.ndarray]:
 
 
 def build(directory: Path, count=3, **options) -> Store:
-    with build_store(directory, "STAS", SIZE, **options) as writer:
+    with build_store(directory, SPEC, **options) as writer:
+        assert writer
         for seed in range(count):
-            writer.add(make_record(source(f"s{seed}"), *picture(seed), SIZE))
+            writer.add(make_record(source(f"s{seed}"), *picture(seed), SPEC))
+    return Store(directory, network=False)
+
+
+def scaled(scale: float) -> StoreSpec:
+    return StoreSpec(("STAS",), scale=scale)
+
+
+def build_scaled(directory: Path, scale: float, shapes: Sequence[tuple[int, int]]) -> Store:
+    """A store of one picture of each shape, (height, width)."""
+    with build_store(directory, scaled(scale)) as writer:
+        assert writer
+        for seed, shape in enumerate(shapes):
+            writer.add(make_record(source(f"s{seed}"), *picture(seed, *shape), scaled(scale)))
     return Store(directory, network=False)
 
 
@@ -99,7 +127,7 @@ def test_area_resize_works_in_blocks(before):
 def test_stored_image_is_that_of_the_reference_chain():
     """MONAI's ScaleIntensity, then Resize, against the stored bytes scaled by the manifest's minimum and maximum."""
     image, mask = picture(1, 94, 171)
-    record = make_record(source("a"), image, mask, (80, 80))
+    record = make_record(source("a"), image, mask, of_size(80))
     chain = Compose([ScaleIntensity(), Resize((80, 80))])
     low, high = record.sample["min"], record.sample["max"]
     stored = np.frombuffer(record.image, np.uint8).reshape(80, 80, 3)
@@ -132,6 +160,84 @@ def test_what_is_stored_is_read(tmp_path):
     assert sorted(path.name for path in (tmp_path / "key").iterdir()) == ["data.mdb", "manifest.json"]
 
 
+def test_the_shape_of_a_stored_image():
+    assert of_size(80).shape(94, 171) == (80, 80)
+    assert scaled(0.5).shape(942, 1716) == (471, 858)
+    assert scaled(0.25).shape(1, 1001) == (1, 250)
+    assert scaled(1.0).shape(65_535, 1) == (65_535, 1)
+
+
+def test_samples_of_their_own_shapes_are_read(tmp_path):
+    shapes, stored = [(50, 70), (33, 20), (1, 90)], [(25, 35), (16, 10), (1, 45)]
+    store = build_scaled(tmp_path / "key", 0.5, shapes)
+    assert (store.label, store.size, store.spec.scale) == ("STAS", None, 0.5)
+    assert [store.shape(index) for index in range(3)] == stored
+    for index, (before, after) in enumerate(zip(shapes, stored, strict=True)):
+        image, mask = picture(index, *before)
+        assert np.array_equal(store.image(index), np.rint(area_resize(image, after)))
+        assert np.array_equal(store.mask(index), np.rint(area_resize(mask, after) * 255))
+        assert np.array_equal(store.full_mask(index, "STAS"), mask)
+        assert store.samples[index]["areas"] == {"STAS": mask.sum()}
+        out = np.empty((*after, 3), np.uint8)
+        assert store.image(index, out=out) is out and np.array_equal(out, store.image(index))
+    store.verify()
+    with pytest.raises(IndexError):
+        store.shape(3)
+
+
+def test_a_window_is_that_part_of_the_sample(tmp_path):
+    store = build_scaled(tmp_path / "key", 1.0, [(600, 1100), (9, 1300), (1, 1)])
+    random = np.random.default_rng(0)
+    for draw in range(200):
+        index = draw % 3
+        height, width = store.shape(index)
+        top, left = int(random.integers(height)), int(random.integers(width))
+        box = Box(top, left, int(random.integers(1, height - top + 1)), int(random.integers(1, width - left + 1)))
+        rows, columns = slice(top, top + box.height), slice(left, left + box.width)
+        image, mask = store.window(index, box)
+        assert np.array_equal(image, store.image(index)[rows, columns])
+        assert np.array_equal(mask, store.mask(index)[rows, columns])
+        assert image.flags.writeable and image.flags.c_contiguous
+        out = np.empty_like(image), np.empty_like(mask)
+        assert store.window(index, box, out)[0] is out[0]
+        assert np.array_equal(out[0], image) and np.array_equal(out[1], mask)
+
+
+@pytest.mark.parametrize(
+    "box", [(-1, 0, 5, 5), (0, -1, 5, 5), (46, 0, 5, 5), (0, 66, 5, 5), (0, 0, 51, 1), (0, 0, 1, 71), (3, 3, 0, 5)]
+)
+def test_a_window_beyond_the_sample_is_refused(tmp_path, box):
+    store = build_scaled(tmp_path / "key", 1.0, [(50, 70)])
+    with pytest.raises(IndexError, match="50 x 70 pixels"):
+        store.window(0, Box(*box))
+
+
+def _reads_beside_forbidden_tiles(store: Store, box: Box, allowed: str) -> None:
+    """Read `box` of sample 0 when the pages of all tiles but one are out of reach."""
+    faulthandler.disable()
+    expected = store.window(0, box)
+    libc = ctypes.CDLL(None)
+    with environment(store_data(store.directory)).begin(buffers=True) as transaction:
+        for key, data in transaction.cursor():
+            part, tile = bytes(key).decode()[9:].removesuffix("/STAS"), bytes(key).decode()[-3:]
+            if part == "full" or tile == allowed:
+                continue
+            first = np.frombuffer(data, np.uint8).ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
+            assert libc.mprotect(ctypes.c_void_p(first), ctypes.c_size_t(len(data)), 0) == 0
+    same = all(np.array_equal(one, other) for one, other in zip(store.window(0, box), expected, strict=True))
+    os._exit(0 if same else 1)
+
+
+@pytest.mark.parametrize(("box", "end"), [(Box(600, 512, 300, 512), 0), (Box(600, 511, 300, 512), -signal.SIGSEGV)])
+def test_a_window_touches_no_tile_beside_its_own(tmp_path, box, end):
+    """The second window begins one column further left, and so the system ends the process."""
+    store = build_scaled(tmp_path / "key", 1.0, [(1100, 1300)])
+    child = multiprocessing.get_context("fork").Process(target=_reads_beside_forbidden_tiles, args=(store, box, "1/1"))
+    child.start()
+    child.join(60)
+    assert child.exitcode == end
+
+
 def test_two_stores_of_one_file_in_one_process(tmp_path):
     first = build(tmp_path / "key")
     first.image(0)  # an open store can be pickled, too
@@ -161,14 +267,14 @@ def test_threads_may_open_at_once(tmp_path):
 
 def _reads_in_child(store: Store, expected: np.ndarray, parents: object) -> None:
     same = np.array_equal(store.image(2), expected)
-    os._exit(0 if same and _environment(store_data(store.directory)) is not parents else 1)
+    os._exit(0 if same and environment(store_data(store.directory)) is not parents else 1)
 
 
 def test_a_forked_reader_reads(tmp_path):
     store = build(tmp_path / "key")
     expected = store.image(2)  # open before the child is made
-    environment = _environment(store_data(store.directory))
-    arguments = store, expected, environment  # which LMDB forbids to use after a fork
+    opened = environment(store_data(store.directory))
+    arguments = store, expected, opened  # which LMDB forbids to use after a fork
     child = multiprocessing.get_context("fork").Process(target=_reads_in_child, args=arguments)
     child.start()
     child.join(60)
@@ -178,9 +284,10 @@ def test_a_forked_reader_reads(tmp_path):
 
 def test_more_than_the_first_map_size(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), np.uint8)
-    with build_store(tmp_path / "key", "STAS", (1500, 1500)) as writer:
+    with build_store(tmp_path / "key", of_size(1500)) as writer:
+        assert writer
         for index in range(16):  # 144 MB; the map begins with 64 MiB and grows by little more
-            writer.add(make_record(source(f"s{index}"), noise, noise[..., 0] > 9, (1500, 1500)))
+            writer.add(make_record(source(f"s{index}"), noise, noise[..., 0] > 9, of_size(1500)))
     store = Store(tmp_path / "key", network=False)
     assert np.array_equal(store.image(0), noise)
     assert np.array_equal(store.image(15), noise)
@@ -192,35 +299,36 @@ def test_a_disk_that_fails_beside_the_making_of_samples_fails_the_build(tmp_path
 
     monkeypatch.setattr("stas.store_writer.MAP_STEP", 1 << 20)
     monkeypatch.setattr("stas.store_writer.sync_path", failing)
-    record = make_record(source("a"), *picture(0), (512, 512))
+    record = make_record(source("a"), *picture(0), of_size(512))
     with (
         pytest.raises(OSError, match="Input/output error"),
-        build_store(tmp_path / "key", "STAS", (512, 512), network=False) as writer,
+        build_store(tmp_path / "key", of_size(512), network=False) as writer,
     ):
+        assert writer
         writer.add(record)  # more than a step of the map
     assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_build_leaves_nothing(tmp_path):
     for error in (KeyboardInterrupt, InputDataError):
-        with pytest.raises(error), build_store(tmp_path / "stores" / "key", "STAS", SIZE) as writer:
-            writer.add(make_record(source("a"), *picture(0), SIZE))
+        with pytest.raises(error), build_store(tmp_path / "stores" / "key", SPEC) as writer:
+            assert writer
+            writer.add(make_record(source("a"), *picture(0), SPEC))
             raise error
     assert list((tmp_path / "stores").iterdir()) == []
 
 
-def test_the_second_of_two_builders_discards_its_own(tmp_path):
-    with build_store(tmp_path / "key", "STAS", SIZE) as slow:
-        slow.add(make_record(source("slow"), *picture(0), SIZE))
-        build(tmp_path / "key", count=2)
-        before = store_data(tmp_path / "key").stat()
-    assert [entry["stem"] for entry in Store(tmp_path / "key").samples] == ["s0", "s1"]
+def test_a_store_that_is_there_is_not_built_again(tmp_path):
+    build(tmp_path / "key", count=2)
+    before = store_data(tmp_path / "key").stat()
+    with build_store(tmp_path / "key", SPEC) as writer:
+        assert writer is None
     assert store_data(tmp_path / "key").stat() == before
     assert [path.name for path in tmp_path.iterdir()] == ["key"]
 
 
 def test_what_killed_builders_left_is_removed_later(tmp_path):
-    old, new = tmp_path / ".old.1.tmp", tmp_path / ".new.2.tmp"
+    old, new = tmp_path / ".old.0123456789ab.partial", tmp_path / ".new.0123456789ab.partial"
     for directory, age in ((old, ABANDONED + 60), (new, 60)):
         directory.mkdir()
         (directory / "data.mdb").touch()
@@ -248,16 +356,20 @@ def test_damaged_stores_are_refused(tmp_path):
     with pytest.raises(InputDataError, match=r"data.mdb: \d+ bytes, the manifest says \d+: delete the store"):
         Store(store.directory)
     text = manifest(store.directory).read_text()
-    manifest(store.directory).write_text(text.replace('"format": 1', '"format": 0'))
-    with pytest.raises(InputDataError, match="not a store of format 1"):
+    manifest(store.directory).write_text(text.replace('"format": 2', '"format": 1'))
+    with pytest.raises(InputDataError, match="a store of format 1, but this version reads format 2: run `stas prepro"):
+        Store(store.directory)
+    manifest(store.directory).write_text(text.replace('"format": 2', '"form": 2'))
+    with pytest.raises(InputDataError, match="a store of format None, but this version reads format 2"):
         Store(store.directory)
 
 
 def test_network_store_is_built_and_read_through_local_disk(tmp_path, monkeypatch):
     local = tmp_path / "local"
     monkeypatch.setenv("STAS_CACHE_DIR", str(local))
-    with build_store(tmp_path / "shared" / "key", "STAS", SIZE, network=True) as writer:
-        writer.add(make_record(source("a"), *picture(0), SIZE))
+    with build_store(tmp_path / "shared" / "key", SPEC, network=True) as writer:
+        assert writer
+        writer.add(make_record(source("a"), *picture(0), SPEC))
         assert not list((tmp_path / "shared").glob(".*/data.mdb"))  # LMDB works elsewhere
         assert len(list(local.glob("*/data.mdb"))) == 1
     assert list(local.iterdir()) == []
@@ -291,8 +403,28 @@ def test_open_store_follows_the_pointer(tmp_path):
     for key in ("first", "second"):
         point_to(workspace, build(workspace.store(key)))
         assert open_store(workspace, data).key == key
-    before = workspace.dataset("STAS", SIZE).stat()
+    before = pointer(workspace, SPEC).stat()
     point_to(workspace, Store(workspace.store("second")))
-    assert workspace.dataset("STAS", SIZE).stat() == before
+    assert pointer(workspace, SPEC).stat() == before
     with pytest.raises(UsageError):
         open_store(workspace, Data.model_validate({"size": 64}))
+
+
+def test_stores_of_one_label_at_sizes_and_scales_have_pointers_of_their_own(tmp_path):
+    workspace = Workspace(tmp_path)
+    half = Data.model_validate({"size": SIZE, "scale": 0.5})
+    point_to(workspace, build(workspace.store("sized")))
+    with pytest.raises(UsageError, match=r"STAS-scale0\.5\.json: no store of label STAS at scale 0\.5: run `stas pre"):
+        open_store(workspace, half)
+    point_to(workspace, build_scaled(workspace.store("scaled"), 0.5, [(50, 70)]))
+    assert open_store(workspace, half).key == "scaled"
+    assert open_store(workspace, half.model_copy(update={"size": (64, 64)})).key == "scaled"  # of a window
+    assert open_store(workspace, Data.model_validate({"size": SIZE})).key == "sized"
+
+
+def test_a_pointer_to_a_store_of_something_else_is_refused(tmp_path):
+    workspace = Workspace(tmp_path)
+    point_to(workspace, build(workspace.store("sized")))
+    pointer(workspace, SPEC).rename(pointer(workspace, scaled(0.5)))
+    with pytest.raises(InputDataError, match="names a store of label STAS at 32 x 40 pixels: delete it and run"):
+        open_store(workspace, Data.model_validate({"scale": 0.5}))

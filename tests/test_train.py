@@ -13,7 +13,11 @@ from stas.checkpoint import load_checkpoint
 from stas.config import Recipe, parse_recipe
 from stas.distributed import Ranks
 from stas.errors import EXIT_RESUMABLE, UsageError
+from stas.evaluate import evaluate
+from stas.infer import infer
 from stas.job import Progress
+from stas.paths import Workspace
+from stas.preprocess import preprocess
 from stas.progress import read_metrics
 from stas.train import train
 from tests.launch import command, started, stas
@@ -69,6 +73,19 @@ def test_a_run_learns_and_leaves_what_it_promises(store_workspace, tiny):
     assert parse_recipe(yaml.safe_load(run.recipe.read_text()), "written").train.epochs == 12
     assert run.curves.read_bytes().startswith(b"\x89PNG")
     assert any(run.tensorboard.glob("events.out.tfevents.*"))
+
+
+def test_a_recipe_at_a_scale_trains_on_windows_and_predicts_whole_images(sample, tiny, tmp_path):
+    """The held-out scores of training are those of the masks, which come from the files instead of the store."""
+    workspace = Workspace(tmp_path)
+    recipe = changed(tiny, data={"scale": 0.3}, train={"epochs": 4})
+    preprocess([sample / "Train_Images"], [sample / "Train_Annotations"], workspace, recipe.data, workers=2)
+    train(recipe, workspace, "scaled")
+    records = read_metrics(workspace.run("scaled").metrics)
+    assert records[-1]["train_loss"] < records[0]["train_loss"]
+    out = infer("scaled", sample / "Train_Images", workspace, checkpoint="last", held_out=True)
+    scores = evaluate([out], sample / "Train_Annotations", tmp_path / "scores", sheets=0)
+    assert scores["members"]["scaled"]["mean_dice"] == pytest.approx(records[-1]["val_dice"], abs=2e-3)
 
 
 def test_two_parts_equal_one_whole(store_workspace, tiny, caplog):

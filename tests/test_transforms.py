@@ -9,7 +9,8 @@ from monai.transforms.utility.array import EnsureChannelFirst
 from stas.config import Data
 from stas.inputs import as_input, normalise, scale_intensity
 from stas.loader import SampleCache, epoch_batches
-from stas.store import area_resize, open_store
+from stas.resize import area_resize
+from stas.store import open_store
 from stas.transforms import prepare
 
 

@@ -5,11 +5,13 @@ import numpy as np
 import pytest
 
 from stas.errors import InputDataError, UsageError
-from stas.store import Sample, Skipped
+from stas.store_manifest import Sample, Skipped
+from stas.store_spec import StoreSpec
 from stas.store_writer import Record, Source, make_record
 from stas.workers import records
 
 SIZE = (4, 6)
+SPEC = StoreSpec(("STAS",), SIZE)
 
 
 def make(number: int) -> Record | Skipped:
@@ -17,7 +19,7 @@ def make(number: int) -> Record | Skipped:
         return Skipped(file=f"{number}.json", reason="bad", remedy="none")
     names = Source(stem=str(number), image="", image_sha256="", annotation="", annotation_sha256="")
     image = np.full((8, 12, 3), number, np.uint8)
-    return make_record(names, image, image[..., 0] % 2 == 1, SIZE)
+    return make_record(names, image, image[..., 0] % 2 == 1, SPEC)
 
 
 def die(number: int) -> Record | Skipped:
@@ -46,6 +48,20 @@ def test_too_little_shared_memory_is_explained():
 def test_records_come_in_order_and_as_they_were_made(workers):
     numbers = range(40)  # more than there are places in shared memory
     assert [described(made) for made in records(make, numbers, SIZE, workers)] == [described(make(i)) for i in numbers]
+
+
+def make_of_any_shape(number: int) -> Record | Skipped:
+    names = Source(stem=str(number), image="", image_sha256="", annotation="", annotation_sha256="")
+    image = np.full((1 + number % 7, 12 - number % 11, 3), number, np.uint8)
+    return make_record(names, image, image[..., 0] % 2 == 1, StoreSpec(("STAS",), scale=1.0))
+
+
+def test_records_of_many_shapes_come_as_they_were_made():
+    for number, made in enumerate(records(make_of_any_shape, range(40), (7, 12), 2)):
+        expected = make_of_any_shape(number)
+        assert isinstance(made, Record) and isinstance(expected, Record)
+        assert np.array_equal(made.image, expected.image) and np.array_equal(made.mask, expected.mask)
+        assert (made.sample, made.full_mask) == (expected.sample, expected.full_mask)
 
 
 def test_a_killed_worker_is_explained():

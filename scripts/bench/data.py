@@ -34,7 +34,7 @@ def _loading(site: Site) -> Iterator[Row]:
     store = open_store(make_store(site, site.scratch / recipe.name, recipe, count), recipe.data)
     pixels, everything, sections = SampleCache(store, range(count), CPU), range(count), (recipe.train, recipe.augment)
     made = list(islice(epoch_batches(SampleCache(store, everything, CPU), everything, *sections, 0, 0, 1), 2))
-    source = np.ones((count, store.size[0] * store.size[1] * 4), np.uint8)
+    source = np.ones((count, side * side * 4), np.uint8)
     target = np.empty_like(source[: recipe.train.batch])
     files = [site.images / f"{stem}.jpg" for stem in site.stems]
     masks = site.scratch / "rival"

@@ -24,6 +24,7 @@ from stas.preprocess import Task, preprocess
 from stas.preprocess import make_sample as make_stored
 from stas.resources import cores
 from stas.store import Store, open_store
+from stas.store_spec import store_spec
 from stas.transforms import prepare
 from stas.vote import vote
 
@@ -102,7 +103,7 @@ def _size(site: Site, panels: dict[str, dict[str, Curve]]) -> Iterator[Row]:
     for size in sizes:
         recipe = load_recipe("efficientnet_b6_ns", [f"data.size={size}", f"train.batch={batch}", *CHANGES])
         store = Store(preprocess([images], [annotations], Workspace(root), recipe.data, workers=1))
-        timed[f"store {size}"] = _store_sample(Task(pairs[0], "STAS", (size, size)))
+        timed[f"store {size}"] = _store_sample(Task(pairs[0], store_spec(recipe.data)))
         timed[f"read {size}"] = _read_batch(store, recipe)
     medians = interleaved(timed, site.repeats)
     made = {size * size: 1000 * medians[f"store {size}"] for size in sizes}
