@@ -87,9 +87,9 @@ def _launch(options: argparse.Namespace) -> int:
 
 
 def _preprocess(options: argparse.Namespace) -> None:
-    from stas.config import load_recipe
     from stas.ensemble import load_ensemble
     from stas.preprocess import preprocess
+    from stas.recipe import load_recipe
     from stas.store_spec import StoreSpec, store_spec
 
     if options.ensemble:
@@ -114,8 +114,8 @@ def _preprocess(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from stas.config import load_recipe
     from stas.ensemble import load_member
+    from stas.recipe import load_recipe
     from stas.train import train
 
     if options.ensemble:
@@ -193,8 +193,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _recipes(options: argparse.Namespace) -> None:
-    from stas.config import recipes
     from stas.ensemble import ensemble_names, load_ensemble
+    from stas.recipe import recipes
 
     print(recipes())
     for name in ensemble_names():
@@ -209,8 +209,8 @@ def _members(options: argparse.Namespace) -> None:
 
 
 def _weights_fetch(options: argparse.Namespace) -> None:
-    from stas.config import load_recipe
     from stas.ensemble import load_ensemble
+    from stas.recipe import load_recipe
     from stas.weights import fetch_weights
 
     if options.recipe:
@@ -227,8 +227,8 @@ def _weights_convert(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from stas.config import load_recipe
     from stas.doctor import doctor
+    from stas.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.set) if options.recipe else None
     workspace = options.workspace or default_workspace()

@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from stas.config import Recipe, Section, Split, explain, is_section, load_recipe, read_yaml, recipe_beside
+from stas.config import Recipe, Section, Split
 from stas.errors import UsageError
+from stas.recipe import explain, is_section, load_recipe, read_yaml, recipe_beside
 from stas.untrusted import shown
 
 ENSEMBLES = Path(__file__).parent / "ensembles"

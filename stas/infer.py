@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stas import distributed
 from stas.checkpoint import Checkpoint, fitting, load_checkpoint
-from stas.config import Data, Recipe, parse_recipe
+from stas.config import Data, Recipe
 from stas.distributed import Ranks
 from stas.errors import InputDataError, StoppedEarly, UsageError
 from stas.files import sha256
@@ -22,6 +22,7 @@ from stas.model import build_network
 from stas.paths import Workspace, prediction, probability
 from stas.predict import Picture, Settings, predict_logits, shrink
 from stas.publish import Output, building, named, read_manifest, write_manifest
+from stas.recipe import parse_recipe
 from stas.threads import bar, map_ahead
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from stas import distributed
 from stas.checkpoint import fitting, load_newest, restore_optimizer
-from stas.config import Recipe, Train, dump_recipe, parse_recipe
+from stas.config import Recipe, Train
 from stas.distributed import Ranks
 from stas.errors import StoppedEarly, UsageError
 from stas.files import write_json, write_text
@@ -23,6 +23,7 @@ from stas.losses import build_loss
 from stas.model import Compiled, build_network
 from stas.optim import build_optimizer
 from stas.paths import RunPaths, Workspace
+from stas.recipe import dump_recipe, parse_recipe
 from stas.split import split_samples
 from stas.store import Store, open_store
 

@@ -12,9 +12,10 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from scripts.make_sample import make_sample
-from stas.config import Recipe, parse_recipe
+from stas.config import Recipe
 from stas.paths import Workspace
 from stas.preprocess import preprocess
+from stas.recipe import parse_recipe
 from tests.containers import base_image, image  # noqa: F401  fixtures
 
 TINY = {

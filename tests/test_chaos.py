@@ -21,7 +21,7 @@ from stas.checkpoint import (
     save_last,
     take_snapshot,
 )
-from stas.config import Recipe, load_recipe
+from stas.config import Recipe
 from stas.evaluate import evaluate
 from stas.images import write_mask
 from stas.infer import infer
@@ -29,6 +29,7 @@ from stas.locks import lock
 from stas.paths import RunPaths, Workspace
 from stas.preprocess import preprocess
 from stas.progress import MetricsLog, read_metrics
+from stas.recipe import load_recipe
 from stas.train import train
 from stas.vote import vote
 from tests.chaos import Scenario, Walk, why_no_strace

@@ -11,8 +11,8 @@ import pytest
 
 from stas.arguments import seconds
 from stas.cli import main
-from stas.config import recipe_names
 from stas.errors import StoppedEarly
+from stas.recipe import recipe_names
 
 STAGES = ("preprocess", "train", "infer", "vote", "evaluate", "recipes", "doctor")
 

@@ -1,8 +1,8 @@
 import pytest
 import yaml
 
-from stas.config import dump_recipe, load_recipe, parse_recipe, recipe_names, recipes
 from stas.errors import UsageError
+from stas.recipe import dump_recipe, load_recipe, parse_recipe, recipe_names, recipes
 
 REFERENCE = {
     "efficientnet_b6_ns": ("tu-tf_efficientnet_b6.ns_jft_in1k", 16),

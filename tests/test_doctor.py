@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from stas import doctor as module
-from stas.config import Recipe, load_recipe
+from stas.config import Recipe
 from stas.doctor import (
     PACKAGES,
     Driver,
@@ -29,6 +29,7 @@ from stas.doctor import (
     workspace_findings,
     writable,
 )
+from stas.recipe import load_recipe
 
 CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
 CUDA_12_6 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
@@ -220,7 +221,7 @@ def test_a_recipe_whose_weights_cannot_be_had_fails(tmp_path: Path):
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "STAS_WEIGHTS_DIR"):
         offline.pop(name, None)
     code = (
-        "import sys; from stas.config import load_recipe; from stas.doctor import doctor; "
+        "import sys; from stas.recipe import load_recipe; from stas.doctor import doctor; "
         "sys.exit(not doctor(None, load_recipe('efficientnet_b6_ns')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=offline, check=False)

@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 
 from stas.cli import main
-from stas.config import recipe_names
 from stas.ensemble import Member, ensemble_names, load_ensemble, load_member
 from stas.errors import UsageError
+from stas.recipe import recipe_names
 
 
 def write(path: Path, text: str) -> str:

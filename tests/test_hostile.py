@@ -38,7 +38,7 @@ from stas.checkpoint import (
     save_checkpoint,
     take_snapshot,
 )
-from stas.config import RECIPES, Data, Optimizer, Split, load_recipe, parse_recipe, recipe_names
+from stas.config import Data, Optimizer, Split
 from stas.distributed import Ranks
 from stas.ensemble import ENSEMBLES, load_ensemble
 from stas.errors import InputDataError, UsageError
@@ -50,6 +50,7 @@ from stas.paths import Workspace, manifest, store_data
 from stas.pickles import convert_weights
 from stas.predictions import read_member_mask
 from stas.publish import Output, check_replaceable, is_finished, write_manifest
+from stas.recipe import RECIPES, load_recipe, parse_recipe, recipe_names
 from stas.split import split_samples
 from stas.store import Store, open_store, pointer
 from stas.tiles import Box
@@ -444,7 +445,7 @@ READ_LABELME = (
     "from stas.annotations import rasterise, read_labelme\n"
     "def read(path): rasterise(read_labelme(path).shapes, (942, 1716), 'STAS', path)"
 )
-READ_RECIPE = "from stas.config import load_recipe\ndef read(path): load_recipe(str(path))"
+READ_RECIPE = "from stas.recipe import load_recipe\ndef read(path): load_recipe(str(path))"
 READ_CHECKPOINT = "from stas.checkpoint import load_checkpoint as read"
 
 

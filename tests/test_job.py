@@ -9,12 +9,13 @@ import torch
 import yaml
 
 from stas.checkpoint import save_last, take_snapshot
-from stas.config import Recipe, parse_recipe
+from stas.config import Recipe
 from stas.distributed import Ranks
 from stas.errors import UsageError
 from stas.job import Job, Progress, set_up
 from stas.paths import RunPaths, Workspace
 from stas.preprocess import preprocess
+from stas.recipe import parse_recipe
 from tests.test_train import changed
 
 ALONE = Ranks(0, 1, torch.device("cpu"))

@@ -2,9 +2,10 @@ import pytest
 import segmentation_models_pytorch as smp
 import torch
 
-from stas.config import Model, load_recipe
+from stas.config import Model
 from stas.errors import UsageError
 from stas.model import build_network
+from stas.recipe import load_recipe
 
 SMP_ARCHITECTURES = [
     "Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet", "DeepLabV3", "DeepLabV3Plus", "PAN", "UPerNet",

@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 
 from stas.cli import main
-from stas.config import Recipe, load_recipe
+from stas.config import Recipe
 from stas.errors import InputDataError, UsageError
 from stas.images import read_grey, read_image, write_mask
 from stas.paths import Workspace, manifest, store_data
 from stas.preprocess import preprocess
+from stas.recipe import load_recipe
 from stas.resize import area_resize
 from stas.store import Store, open_store, pointer
 from tests.launch import PATIENCE
@@ -474,7 +475,7 @@ def test_two_at_once(cases):
     for index in range(12):
         cases.pair(f"p{index}")
     command = (
-        "import sys; from pathlib import Path; from stas.config import load_recipe; from stas.paths import Workspace\n"
+        "import sys; from pathlib import Path; from stas.recipe import load_recipe; from stas.paths import Workspace\n"
         "from stas.preprocess import preprocess\n"
         "i, a, w = map(Path, sys.argv[1:])\n"
         "preprocess([i], [a], Workspace(w), load_recipe('lite0', ['data.split.kind=fraction']).data, workers=1)"

@@ -8,7 +8,8 @@ from pydantic import BaseModel
 
 from scripts.reference import DIRECTORY, command_page, recipe_page
 from stas.arguments import build_parser
-from stas.config import Recipe, parse_recipe
+from stas.config import Recipe
+from stas.recipe import parse_recipe
 
 AGAIN = "make it again with `python -m scripts.reference`"
 

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from stas.checkpoint import load_checkpoint
-from stas.config import Recipe, parse_recipe
+from stas.config import Recipe
 from stas.distributed import Ranks
 from stas.errors import EXIT_RESUMABLE, UsageError
 from stas.evaluate import evaluate
@@ -19,6 +19,7 @@ from stas.job import Progress
 from stas.paths import Workspace
 from stas.preprocess import preprocess
 from stas.progress import read_metrics
+from stas.recipe import parse_recipe
 from stas.train import train
 from tests.launch import command, started, stas
 

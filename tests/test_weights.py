@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stas.config import Model, load_recipe
+from stas.config import Model
 from stas.errors import UsageError
 from stas.model import build_network
+from stas.recipe import load_recipe
 from stas.weights import find_weights, weights_file_name
 from tests.launch import stas
 
@@ -108,7 +109,8 @@ def test_smp_weights_from_a_directory(tmp_path, monkeypatch):
 def test_weights_that_cannot_be_had_are_an_error(name, tmp_path):
     """In a process of its own, because the hub's client reads its offline switch when it is imported."""
     program = (
-        "from stas.config import *; from stas.model import build_network; from stas.errors import UsageError\n"
+        "from stas.config import *; from stas.recipe import load_recipe\n"
+        "from stas.model import build_network; from stas.errors import UsageError\n"
         f"model = Model(encoder={'resnet34'!r}) if {name == 'resnet34'} else load_recipe({name!r}).model\n"
         "try: build_network(model, (64, 64), pretrained=True)\n"
         "except UsageError as error: print(error)"
@@ -177,7 +179,7 @@ def test_weights_fetched_here_load_there_without_network(hub, tmp_path):
     again = stas("weights", "fetch", tmp_path / "weights", "--recipe", recipe, HF_HUB_OFFLINE="1")
     assert again.returncode == 0 and "is there" in again.stderr
     program = (
-        "from stas.config import load_recipe; from stas.model import build_network\n"
+        "from stas.recipe import load_recipe; from stas.model import build_network\n"
         f"network = build_network(load_recipe({str(recipe)!r}).model, (64, 64), pretrained=True)\n"
         "print(network.state_dict()['encoder.model.conv_stem.weight'].sum().item())"
     )
@@ -193,7 +195,7 @@ def test_a_pickle_of_the_hub_is_fetched_only_with_the_flag(hub, tmp_path):
     torch.save(tensors, tmp_path / "served.bin")
     Hub.content, Hub.name = (tmp_path / "served.bin").read_bytes(), "pytorch_model.bin"
     program = (
-        "from stas.config import load_recipe; from stas.model import build_network\n"
+        "from stas.recipe import load_recipe; from stas.model import build_network\n"
         f"build_network(load_recipe({str(recipe)!r}).model, (64, 64), pretrained=True)"
     )
     trained = subprocess.run([sys.executable, "-c", program], env=os.environ | hub, capture_output=True, text=True)

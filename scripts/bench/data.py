@@ -10,10 +10,10 @@ from scripts.bench.gpu_steps import step
 from scripts.bench.measure import Row, interleaved
 from scripts.bench.rivals import batches, mask_files, nnunet_rate, original_loader
 from scripts.bench.site import Site, make_store
-from stas.config import load_recipe
 from stas.distributed import Ranks
 from stas.job import set_up
 from stas.loader import Batch, SampleCache, epoch_batches
+from stas.recipe import load_recipe
 from stas.store import open_store
 from stas.threads import prefetch
 from stas.transforms import prepare

@@ -15,12 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scripts.bench.site import Site, multiplied
 from scripts.make_sample import make_sample
-from stas.config import Recipe, load_recipe
+from stas.config import Recipe
 from stas.distributed import Ranks
 from stas.job import Job, Progress, set_up
 from stas.loader import Batch, SampleCache, epoch_batches
 from stas.paths import Workspace
 from stas.preprocess import preprocess
+from stas.recipe import load_recipe
 from stas.resources import GIB
 from stas.threads import prefetch
 from stas.train import Clock, train_step

@@ -16,12 +16,13 @@ from scripts.bench.growth_ranks import epoch_seconds
 from scripts.bench.measure import Row, interleaved
 from scripts.bench.site import Site, make_store, multiplied
 from scripts.make_sample import make_sample
-from stas.config import Recipe, load_recipe
+from stas.config import Recipe
 from stas.loader import SampleCache, epoch_batches
 from stas.pairs import find_pairs
 from stas.paths import Workspace
 from stas.preprocess import Task, preprocess
 from stas.preprocess import make_sample as make_stored
+from stas.recipe import load_recipe
 from stas.resources import cores
 from stas.store import Store, open_store
 from stas.store_spec import store_spec

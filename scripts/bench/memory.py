@@ -14,8 +14,8 @@ import psutil
 
 from scripts.bench.measure import Row
 from scripts.bench.site import Site, make_store
-from stas.config import load_recipe
 from stas.paths import store_data
+from stas.recipe import load_recipe
 from stas.store import Store, open_store
 
 MIB = 2**20

@@ -12,9 +12,9 @@ from PIL import Image, ImageDraw
 from scripts.bench.measure import Row, interleaved
 from scripts.bench.pictures import fastest_resize
 from scripts.bench.site import Site, multiplied
-from stas.config import load_recipe
 from stas.paths import Workspace
 from stas.preprocess import preprocess
+from stas.recipe import load_recipe
 
 SIDE = 800  # pixels, the reference recipe's
 

@@ -16,8 +16,8 @@ from torch import nn
 
 from scripts.bench.measure import Row, interleaved
 from scripts.bench.site import Site, make_store
-from stas.config import load_recipe
 from stas.paths import Workspace
+from stas.recipe import load_recipe
 from stas.train import train
 
 LARGE = ("efficientnet_b6_ns", "efficientnetv2_m", "eca_nfnet_l2")
