@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 from stas.errors import UsageError
-from stas.files import atomic_write, write_json
+from stas.system.files import atomic_write, write_json
 
 Array = NDArray[Any]
 LABEL = "STAS"

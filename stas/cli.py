@@ -20,9 +20,9 @@ from stas.errors import (
     TrainingError,
     UsageError,
 )
-from stas.files import disk_trouble
 from stas.paths import Workspace, default_workspace, status_file
-from stas.resources import keep_freed_memory
+from stas.system.files import disk_trouble
+from stas.system.resources import keep_freed_memory
 
 if TYPE_CHECKING:  # loaded when a stage needs it
     from stas.config import Data
@@ -87,10 +87,10 @@ def _launch(options: argparse.Namespace) -> int:
 
 
 def _preprocess(options: argparse.Namespace) -> None:
+    from stas.data.store_spec import StoreSpec, store_spec
     from stas.ensemble import load_ensemble
     from stas.preprocess import preprocess
     from stas.recipe import load_recipe
-    from stas.store_spec import StoreSpec, store_spec
 
     if options.ensemble:
         recipes = [member.recipe for member in load_ensemble(options.ensemble, options.set).members]
@@ -210,8 +210,8 @@ def _members(options: argparse.Namespace) -> None:
 
 def _weights_fetch(options: argparse.Namespace) -> None:
     from stas.ensemble import load_ensemble
+    from stas.models.weights import fetch_weights
     from stas.recipe import load_recipe
-    from stas.weights import fetch_weights
 
     if options.recipe:
         models = [load_recipe(options.recipe).model]
@@ -221,7 +221,7 @@ def _weights_fetch(options: argparse.Namespace) -> None:
 
 
 def _weights_convert(options: argparse.Namespace) -> None:
-    from stas.pickles import convert_weights
+    from stas.models.pickles import convert_weights
 
     convert_weights(options.pickle, options.target, options.allow_pickle)
 

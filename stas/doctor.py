@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from stas.config import Recipe
 from stas.errors import UsageError
-from stas.resources import GIB, cores, nvml, usage
+from stas.system.resources import GIB, cores, nvml, usage
 
 # Distribution and oldest version, as in pyproject.toml (a test compares them); no version: needed by another one here.
 PACKAGES: dict[str, str | None] = {
@@ -305,7 +305,7 @@ def communication(gpus: int) -> Iterator[Finding]:
 
 def workspace_findings(workspace: Path | None, recipe: Recipe | None) -> Iterator[Finding]:
     """Whether the workspace can be written, its free space, and whether LMDB may be read on it."""
-    from stas.filesystems import NETWORK_FILE_SYSTEMS, file_system_type
+    from stas.system.filesystems import NETWORK_FILE_SYSTEMS, file_system_type
 
     if workspace is None:
         yield Finding("ok", "directory", "not looked at: name one with --workspace")
@@ -352,7 +352,7 @@ def weights(recipe: Recipe | None) -> Iterator[Finding]:
     if recipe is None:
         yield Finding("ok", "weights", "not looked for: name a recipe with --recipe")
         return
-    from stas.weights import find_weights
+    from stas.models.weights import find_weights
 
     try:
         yield Finding("ok", "weights", find_weights(recipe.model))

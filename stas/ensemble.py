@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from stas.config import Recipe, Section, Split
 from stas.errors import UsageError
 from stas.recipe import explain, is_section, load_recipe, read_yaml, recipe_beside
-from stas.untrusted import shown
+from stas.system.untrusted import shown
 
 ENSEMBLES = Path(__file__).parent / "ensembles"
 MAX_MEMBERS = 100

@@ -12,16 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stas.annotations import find_image, rasterise, read_labelme
 from stas.config import Data
+from stas.data.annotations import find_image, rasterise, read_labelme
+from stas.data.images import list_images, read_image, read_member_mask
 from stas.errors import InputDataError, UsageError
-from stas.files import atomic_write, read_json, write_json, write_text
-from stas.images import list_images, read_image
-from stas.metrics import bootstrap_interval, confusion, dice, iou, mean_dice, pooled_dice, precision, recall
-from stas.predictions import Members, digest, list_members, log_graded, read_member_mask
-from stas.publish import Output, building, check_replaceable, named, write_manifest
-from stas.sheets import Case, Picked, draw_overview, draw_sheet, pick_cases
-from stas.threads import in_threads
+from stas.results.metrics import bootstrap_interval, confusion, dice, iou, mean_dice, pooled_dice, precision, recall
+from stas.results.predictions import Members, digest, list_members, log_graded
+from stas.results.sheets import Case, Picked, draw_overview, draw_sheet, pick_cases
+from stas.system.files import atomic_write, read_json, write_json, write_text
+from stas.system.publish import Output, building, check_replaceable, named, write_manifest
+from stas.system.threads import in_threads
 
 log = logging.getLogger(__name__)
 

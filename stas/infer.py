@@ -10,20 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stas import distributed
-from stas.checkpoint import Checkpoint, fitting, load_checkpoint
 from stas.config import Data, Recipe
-from stas.distributed import Ranks
+from stas.data.images import (
+    MAX_IMAGE_BYTES,
+    grey_size,
+    list_images,
+    read_grey,
+    read_image,
+    write_mask,
+    write_probability,
+)
 from stas.errors import InputDataError, StoppedEarly, UsageError
-from stas.files import sha256
-from stas.images import MAX_IMAGE_BYTES, grey_size, list_images, read_grey, read_image, write_mask, write_probability
-from stas.locks import PATIENCE
-from stas.model import build_network
+from stas.models.checkpoint import Checkpoint, fitting, load_checkpoint
+from stas.models.network import build_network
+from stas.models.predict import Picture, Settings, predict_logits, shrink
 from stas.paths import Workspace, prediction, probability
-from stas.predict import Picture, Settings, predict_logits, shrink
-from stas.publish import Output, building, named, read_manifest, write_manifest
 from stas.recipe import parse_recipe
-from stas.threads import bar, map_ahead
+from stas.system import distributed
+from stas.system.distributed import Ranks
+from stas.system.files import sha256
+from stas.system.locks import PATIENCE
+from stas.system.publish import Output, building, named, read_manifest, write_manifest
+from stas.system.threads import bar, map_ahead
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from types import FrameType
 
 from stas.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, EXIT_RESUMABLE, EXIT_USAGE, StoppedEarly, UsageError
 from stas.paths import STATUS_DIRECTORY
-from stas.resources import cores
+from stas.system.resources import cores
 
 log = logging.getLogger(__name__)
 

@@ -11,24 +11,23 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from stas.annotations import Annotation, rasterise, read_labelme
 from stas.config import Data, Split
+from stas.data.annotations import Annotation, rasterise, read_labelme
+from stas.data.images import read_grey, read_image, read_member_mask, stated_size, write_mask
+from stas.data.pairs import Pair, find_pairs, pair_hashes, skipped, store_key
+from stas.data.split import split_samples
+from stas.data.store import Store, point_to, pointer
+from stas.data.store_manifest import Skipped
+from stas.data.store_spec import StoreSpec, store_spec
+from stas.data.store_writer import Record, Source, StoreWriter, build_store, make_record
+from stas.data.workers import records
 from stas.errors import InputDataError, UsageError
-from stas.files import remove_leftovers
-from stas.images import read_grey, read_image, stated_size, write_mask
-from stas.locks import lock
-from stas.pairs import Pair, find_pairs, pair_hashes, skipped, store_key
 from stas.paths import Workspace, prediction
 from stas.paths import lock as lock_of
-from stas.predictions import read_member_mask
-from stas.resources import cores
-from stas.split import split_samples
-from stas.store import Store, point_to, pointer
-from stas.store_manifest import Skipped
-from stas.store_spec import StoreSpec, store_spec
-from stas.store_writer import Record, Source, StoreWriter, build_store, make_record
-from stas.threads import bar
-from stas.workers import records
+from stas.system.files import remove_leftovers
+from stas.system.locks import lock
+from stas.system.resources import cores
+from stas.system.threads import bar
 
 log = logging.getLogger(__name__)
 

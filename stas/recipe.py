@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from stas.config import Recipe, Section
 from stas.errors import InputDataError, UsageError
-from stas.untrusted import MAX_YAML_BYTES, parse_yaml, read_bounded, shown
+from stas.system.untrusted import MAX_YAML_BYTES, parse_yaml, read_bounded, shown
 
 RECIPES = Path(__file__).parent / "recipes"
 PROBLEMS_SHOWN = 20  # of a recipe; a file that is something else has thousands

@@ -18,24 +18,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stas import distributed
 from stas import paths as files_of
-from stas.checkpoint import CheckpointWriter, clear_up, take_snapshot
 from stas.config import Recipe
-from stas.curves import draw_curves
 from stas.errors import StoppedEarly, TrainingError
-from stas.files import append_json_line
-from stas.job import Job, Progress, set_up
-from stas.loader import Batch, epoch_batches, steps_per_epoch
-from stas.locks import PATIENCE, lock
-from stas.optim import rate_factor, set_learning_rate
+from stas.models.checkpoint import CheckpointWriter, clear_up, take_snapshot
+from stas.models.predict import autocast
 from stas.paths import Workspace
-from stas.predict import autocast
-from stas.progress import MetricsLog, epoch_line, time_left
-from stas.resources import GIB, usage
-from stas.threads import bar, prefetch
-from stas.transforms import prepare
-from stas.validate import validate
+from stas.system import distributed
+from stas.system.files import append_json_line
+from stas.system.locks import PATIENCE, lock
+from stas.system.resources import GIB, usage
+from stas.system.threads import bar, prefetch
+from stas.training.curves import draw_curves
+from stas.training.loader import Batch, epoch_batches, steps_per_epoch
+from stas.training.metrics_log import MetricsLog, epoch_line, time_left
+from stas.training.optim import rate_factor, set_learning_rate
+from stas.training.run import Job, Progress, set_up
+from stas.training.transforms import prepare
+from stas.training.validate import validate
 
 log = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stas import paths
+from stas.data.images import read_grey, read_member_mask, write_mask, write_probability
 from stas.errors import InputDataError, UsageError
-from stas.images import read_grey, write_mask, write_probability
-from stas.predictions import Member, list_members, log_graded, pixel_digest, read_member_mask
-from stas.publish import Output, building, check_replaceable, named, write_manifest
-from stas.threads import in_threads
+from stas.results.predictions import Member, list_members, log_graded, pixel_digest
+from stas.system.publish import Output, building, check_replaceable, named, write_manifest
+from stas.system.threads import in_threads
 
 log = logging.getLogger(__name__)
 

@@ -16,22 +16,8 @@ from stas.config import Recipe
 from stas.paths import Workspace
 from stas.preprocess import preprocess
 from stas.recipe import parse_recipe
-from tests.containers import base_image, image  # noqa: F401  fixtures
-
-TINY = {
-    "name": "tiny",
-    "data": {"size": 64, "split": {"kind": "fraction", "fraction": 0.3}},
-    # No batch normalisation, whose statistics are each rank's own: ranks and single process must agree.
-    "model": {
-        "library": "monai",
-        "architecture": "UNet",
-        "options": {"channels": [4, 8], "strides": [2], "norm": "INSTANCE", "dropout": 0.1},
-    },
-    "loss": {"dice": 1.0, "bce": 1.0},
-    "optimizer": {"name": "adabelief", "lr": 0.01},
-    "augment": {"dihedral": True, "color": 0.5},
-    "train": {"batch": 4, "epochs": 2},
-}
+from tests.support.containers import base_image, image  # noqa: F401  fixtures
+from tests.support.runs import TINY
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

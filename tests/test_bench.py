@@ -13,7 +13,7 @@ from scripts.bench.__main__ import PARTS
 from scripts.bench.growth import exponent
 from scripts.bench.measure import Row, interleaved
 from scripts.bench.report import figure, markdown
-from tests.launch import PATIENCE
+from tests.support.launch import PATIENCE
 
 DOCS = Path(__file__).parents[1] / "docs"
 README = DOCS.parent / "README.md"

@@ -11,8 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from stas import paths, publish
-from stas.checkpoint import (
+from stas import paths
+from stas.config import Recipe
+from stas.data.images import write_mask
+from stas.evaluate import evaluate
+from stas.infer import infer
+from stas.models.checkpoint import (
     CheckpointWriter,
     clear_up,
     load_checkpoint,
@@ -21,18 +25,15 @@ from stas.checkpoint import (
     save_last,
     take_snapshot,
 )
-from stas.config import Recipe
-from stas.evaluate import evaluate
-from stas.images import write_mask
-from stas.infer import infer
-from stas.locks import lock
 from stas.paths import RunPaths, Workspace
 from stas.preprocess import preprocess
-from stas.progress import MetricsLog, read_metrics
 from stas.recipe import load_recipe
+from stas.system import publish
+from stas.system.locks import lock
 from stas.train import train
+from stas.training.metrics_log import MetricsLog, read_metrics
 from stas.vote import vote
-from tests.chaos import Scenario, Walk, why_no_strace
+from tests.support.chaos import Scenario, Walk, why_no_strace
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_no_strace()), reason=why_no_strace())]
 STEPS = 5  # of each scenario in the short walk

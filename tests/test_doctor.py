@@ -181,7 +181,7 @@ def test_a_workspace_that_cannot_be_written_fails(tmp_path: Path):
 def test_a_network_file_system_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     kinds = {"nfs4": "warn", "ext4": "ok"}
     for kind, status in kinds.items():
-        monkeypatch.setattr("stas.filesystems.file_system_type", lambda path, kind=kind: kind)
+        monkeypatch.setattr("stas.system.filesystems.file_system_type", lambda path, kind=kind: kind)
         (finding,) = [finding for finding in workspace_findings(tmp_path, None) if finding.what == "file system"]
         assert finding.status == status
         assert kind in finding.found

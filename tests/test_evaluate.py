@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from stas.data.images import write_mask
 from stas.errors import InputDataError, UsageError
 from stas.evaluate import evaluate
-from stas.files import read_json
-from stas.images import write_mask
+from stas.system.files import read_json
 
 # Truth and predictions of four images, 1 x 8 pixels: counts (TP, FP, FN) of the prediction are in the comments.
 TRUTH = {"a": "11110000", "b": "11000000", "c": "00000000", "d": "00000000"}

@@ -28,9 +28,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from stas import weights
-from stas.annotations import find_image, rasterise, read_labelme
-from stas.checkpoint import (
+from stas.config import Data, Optimizer, Split
+from stas.data.annotations import find_image, rasterise, read_labelme
+from stas.data.images import MAX_PIXELS, grey_size, image_size, read_grey, read_image, read_member_mask
+from stas.data.split import split_samples
+from stas.data.store import Store, open_store, pointer
+from stas.data.tiles import Box
+from stas.ensemble import ENSEMBLES, load_ensemble
+from stas.errors import InputDataError, UsageError
+from stas.infer import _check_same_images
+from stas.models import weights
+from stas.models.checkpoint import (
     CHECKSUM_BYTES,
     fitting,
     load_checkpoint,
@@ -38,25 +46,16 @@ from stas.checkpoint import (
     save_checkpoint,
     take_snapshot,
 )
-from stas.config import Data, Optimizer, Split
-from stas.distributed import Ranks
-from stas.ensemble import ENSEMBLES, load_ensemble
-from stas.errors import InputDataError, UsageError
-from stas.images import MAX_PIXELS, grey_size, image_size, read_grey, read_image
-from stas.infer import _check_same_images
-from stas.job import Progress
-from stas.optim import build_optimizer
+from stas.models.pickles import convert_weights
 from stas.paths import Workspace, manifest, store_data
-from stas.pickles import convert_weights
-from stas.predictions import read_member_mask
-from stas.publish import Output, check_replaceable, is_finished, write_manifest
 from stas.recipe import RECIPES, load_recipe, parse_recipe, recipe_names
-from stas.split import split_samples
-from stas.store import Store, open_store, pointer
-from stas.tiles import Box
-from tests import test_store
-from tests.fuzzing import PROFILE, TEXTS, VALUES, Referee, altered, json_files, pictures, repair_png, spoilt
-from tests.test_annotations import TRIANGLE, shape
+from stas.system.distributed import Ranks
+from stas.system.publish import Output, check_replaceable, is_finished, write_manifest
+from stas.training.optim import build_optimizer
+from stas.training.run import Progress
+from tests.support import stores
+from tests.support.fuzzing import PROFILE, TEXTS, VALUES, Referee, altered, json_files, pictures, repair_png, spoilt
+from tests.support.labelme import TRIANGLE, shape
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of the tags that it passes over
 PICTURES = pictures()
@@ -149,13 +148,13 @@ def test_fuzz_image(referee: Referee, outside: Path, kind: str):
 @pytest.fixture(params=["size", "scale"])
 def store(outside: Path, request: pytest.FixtureRequest) -> Store:
     if request.param == "size":
-        return test_store.build(outside / "stores" / "key")
-    return test_store.build_scaled(outside / "stores" / "key", 1.0, [(50, 70), (600, 9), (1, 1)])
+        return stores.build(outside / "stores" / "key")
+    return stores.build_scaled(outside / "stores" / "key", 1.0, [(50, 70), (600, 9), (1, 1)])
 
 
 @pytest.fixture
 def sized(outside: Path) -> Store:
-    return test_store.build(outside / "stores" / "key")
+    return stores.build(outside / "stores" / "key")
 
 
 def read_store(store: Store) -> None:
@@ -220,8 +219,8 @@ def pages(draw: st.DrawFn, whole: bytes) -> bytes:
 
 def test_fuzz_pointer_to_a_store(referee: Referee, outside: Path, sized: Store):
     workspace = Workspace(outside)
-    data = Data.model_validate({"size": test_store.SIZE})
-    path = pointer(workspace, test_store.SPEC)
+    data = Data.model_validate({"size": stores.SIZE})
+    path = pointer(workspace, stores.SPEC)
 
     @PROFILE
     @given(json_files([{"store": "key"}]) | TEXTS.map(lambda text: json.dumps({"store": text}).encode()))
@@ -440,13 +439,13 @@ def measured(reader: str, path: Path, bound: tuple[int, int], refusal: str | Non
     assert memory < bound[0] and took < bound[1]
 
 
-READ_IMAGE = "from stas.images import read_image as read"
+READ_IMAGE = "from stas.data.images import read_image as read"
 READ_LABELME = (
-    "from stas.annotations import rasterise, read_labelme\n"
+    "from stas.data.annotations import rasterise, read_labelme\n"
     "def read(path): rasterise(read_labelme(path).shapes, (942, 1716), 'STAS', path)"
 )
 READ_RECIPE = "from stas.recipe import load_recipe\ndef read(path): load_recipe(str(path))"
-READ_CHECKPOINT = "from stas.checkpoint import load_checkpoint as read"
+READ_CHECKPOINT = "from stas.models.checkpoint import load_checkpoint as read"
 
 
 def write_json(path: Path, value: object) -> Path:
@@ -649,9 +648,9 @@ def test_a_crafted_store_leads_nowhere_else(sized: Store, kind: str, name: str, 
         content["key"] = name
     path.write_text(json.dumps(content))
     workspace = Workspace(outside)
-    pointer(workspace, test_store.SPEC).write_text(json.dumps({"store": name if kind == "pointer" else "key"}))
+    pointer(workspace, stores.SPEC).write_text(json.dumps({"store": name if kind == "pointer" else "key"}))
     with pytest.raises(InputDataError, match="delete"):
-        open_store(workspace, Data.model_validate({"size": test_store.SIZE}))
+        open_store(workspace, Data.model_validate({"size": stores.SIZE}))
 
 
 @pytest.mark.parametrize(
@@ -685,7 +684,7 @@ def test_a_manifest_that_contradicts_itself_is_refused(sized: Store, change: dic
 
 def test_a_record_of_another_length_is_refused(outside: Path):
     """The manifest's shapes are changed together, so that they agree with each other but not with the data."""
-    store = test_store.build_scaled(outside / "stores" / "key", 1.0, [(50, 70)])
+    store = stores.build_scaled(outside / "stores" / "key", 1.0, [(50, 70)])
     path = manifest(store.directory)
     content = json.loads(path.read_text())
     content["samples"][0] |= {"height": 5000, "width": 700, "stored": [5000, 700]}

@@ -21,11 +21,11 @@ from PIL import Image
 
 from stas.errors import EXIT_OK, EXIT_RESUMABLE
 from stas.paths import Workspace
-from stas.progress import read_metrics
-from tests import containers
-from tests.conftest import TINY
-from tests.containers import podman, run_options
-from tests.launch import PATIENCE, wait_until
+from stas.training.metrics_log import read_metrics
+from tests.support import containers
+from tests.support.containers import podman, run_options
+from tests.support.launch import PATIENCE, wait_until
+from tests.support.runs import TINY
 
 ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"

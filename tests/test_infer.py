@@ -7,14 +7,14 @@ import pytest
 from PIL import Image
 
 from stas.config import Recipe
+from stas.data.images import read_image
 from stas.errors import InputDataError, UsageError
 from stas.evaluate import evaluate
-from stas.images import read_image
 from stas.infer import infer
 from stas.paths import Workspace
-from stas.progress import read_metrics
 from stas.train import train
-from tests.launch import stas
+from stas.training.metrics_log import read_metrics
+from tests.support.launch import stas
 
 
 @pytest.fixture(scope="module")

@@ -23,10 +23,10 @@ from stas.config import Recipe
 from stas.ensemble import load_ensemble
 from stas.errors import EXIT_BAD_INPUT, EXIT_RESUMABLE, EXIT_USAGE
 from stas.launch import RANKED, SHUTDOWN_TIMEOUT
-from tests.conftest import TINY
-from tests.containers import podman
-from tests.kubelet import Attempt, Manifest, Node, containers, expand, find, kubectl, render, verdict
-from tests.launch import PATIENCE, wait_until
+from tests.support.containers import podman
+from tests.support.kubelet import Attempt, Manifest, Node, containers, expand, find, kubectl, render, verdict
+from tests.support.launch import PATIENCE, wait_until
+from tests.support.runs import TINY
 
 pytestmark = pytest.mark.cluster
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stas.checkpoint import load_checkpoint
 from stas.config import Recipe
 from stas.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RESUMABLE, EXIT_USAGE
 from stas.launch import _ended, _lost, gravest
+from stas.models.checkpoint import load_checkpoint
 from stas.paths import Workspace
-from stas.progress import read_metrics
-from tests.launch import PATIENCE, started, stas
+from stas.training.metrics_log import read_metrics
+from tests.support.launch import PATIENCE, started, stas
 
 
 @pytest.mark.parametrize(

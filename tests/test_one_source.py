@@ -83,7 +83,7 @@ def test_no_overlay_changes_the_number_of_gpus_but_to_none():
 
 
 def test_torchrun_starts_in_one_file():
-    files = [*JOB_FILES, *(ROOT / "stas").glob("*.py"), ROOT / "Makefile", ROOT / "scripts" / "demo"]
+    files = [*JOB_FILES, *(ROOT / "stas").rglob("*.py"), ROOT / "Makefile", ROOT / "scripts" / "demo"]
     start = re.compile(r"^\s*(exec |srun )?torchrun |(-m|from|import) torch\.distributed\.run", re.MULTILINE)
     assert [path.name for path in files if start.search(path.read_text())] == ["launch.py"]
 
@@ -114,7 +114,7 @@ def test_each_grace_period_is_longer_than_what_must_happen_in_it():
 
 
 def test_python_knows_no_scheduler():
-    for path in (ROOT / "stas").glob("*.py"):
+    for path in (ROOT / "stas").rglob("*.py"):
         assert not re.search(r"SLURM_|JOB_COMPLETION_INDEX|KUBERNETES_", path.read_text()), path
 
 
@@ -123,5 +123,5 @@ def test_python_knows_no_scheduler():
     [(r"environ[^\n]*STAS_", "paths.py"), (r"environ[^\n]*\"(RANK|WORLD_SIZE|LOCAL_RANK)", "distributed.py")],
 )
 def test_locations_and_ranks_are_each_read_in_one_file(variables: str, reader: str):
-    readers = [path.name for path in (ROOT / "stas").glob("*.py") if re.search(variables, path.read_text())]
+    readers = [path.name for path in (ROOT / "stas").rglob("*.py") if re.search(variables, path.read_text())]
     assert readers == [reader]

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from stas.metrics import confusion, dice
-from tests.conftest import TINY
-from tests.launch import stas
+from stas.results.metrics import confusion, dice
+from tests.support.launch import stas
+from tests.support.runs import TINY
 
 MEMBERS = ("one", "two", "three")
 

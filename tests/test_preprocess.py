@@ -12,14 +12,14 @@ from PIL import Image
 
 from stas.cli import main
 from stas.config import Recipe
+from stas.data.images import read_grey, read_image, write_mask
+from stas.data.resize import area_resize
+from stas.data.store import Store, open_store, pointer
 from stas.errors import InputDataError, UsageError
-from stas.images import read_grey, read_image, write_mask
 from stas.paths import Workspace, manifest, store_data
 from stas.preprocess import preprocess
 from stas.recipe import load_recipe
-from stas.resize import area_resize
-from stas.store import Store, open_store, pointer
-from tests.launch import PATIENCE
+from tests.support.launch import PATIENCE
 
 HEIGHT, WIDTH = 40, 60
 

@@ -36,7 +36,6 @@ def files() -> list[str]:
     return [name for name in done.stdout.splitlines() if (ROOT / name).exists()]
 
 
-@pytest.mark.xfail(strict=True, reason="the tree shows the rooms, into which the files have not moved yet")
 def test_the_tree_names_every_entry_of_the_top_and_every_file_of_stas():
     top = {name.split("/")[0] + ("/" if "/" in name else "") for name in files()}
     package = {name for name in files() if name.startswith("stas/") and not name.endswith("__init__.py")}
@@ -46,7 +45,6 @@ def test_the_tree_names_every_entry_of_the_top_and_every_file_of_stas():
     assert not missing, f"README.md, The tree, lacks {missing}"
 
 
-@pytest.mark.xfail(strict=True, reason="the tree shows the rooms, into which the files have not moved yet")
 def test_the_tree_names_nothing_else():
     known = {name for path in files() for name in (path, *(f"{parent}/" for parent in Path(path).parents))}
     gone = sorted(tree().keys() - known)

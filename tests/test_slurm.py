@@ -13,15 +13,14 @@ import pytest
 import yaml
 from PIL import Image
 
-from stas.checkpoint import load_checkpoint
 from stas.config import Recipe
+from stas.models.checkpoint import load_checkpoint
 from stas.paths import RunPaths, Workspace
 from stas.preprocess import preprocess
-from stas.progress import read_metrics
-from tests.conftest import TINY
-from tests.launch import PATIENCE, stas, wait_until
-from tests.slurm import Slurm, start_slurm, why_not
-from tests.test_train import assert_same_run
+from stas.training.metrics_log import read_metrics
+from tests.support.launch import PATIENCE, stas, wait_until
+from tests.support.runs import TINY, assert_same_run
+from tests.support.slurm import Slurm, start_slurm, why_not
 
 pytestmark = pytest.mark.cluster
 REPOSITORY = Path(__file__).parents[1]

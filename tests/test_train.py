@@ -9,52 +9,19 @@ import pytest
 import torch
 import yaml
 
-from stas.checkpoint import load_checkpoint
-from stas.config import Recipe
-from stas.distributed import Ranks
 from stas.errors import EXIT_RESUMABLE, UsageError
 from stas.evaluate import evaluate
 from stas.infer import infer
-from stas.job import Progress
+from stas.models.checkpoint import load_checkpoint
 from stas.paths import Workspace
 from stas.preprocess import preprocess
-from stas.progress import read_metrics
 from stas.recipe import parse_recipe
+from stas.system.distributed import Ranks
 from stas.train import train
-from tests.launch import command, started, stas
-
-FIGURES = ("train_loss", "val_loss", "val_dice", "lr", "best")
-
-
-def changed(recipe: Recipe, **sections) -> Recipe:
-    values = recipe.model_dump(mode="json")
-    for section, keys in sections.items():
-        values[section] |= keys
-    return parse_recipe(values, "test")
-
-
-def figures(run):
-    return [{key: record[key] for key in FIGURES} for record in read_metrics(run.metrics)]
-
-
-def weights(run, which="last"):
-    return load_checkpoint(run.checkpoint(which)).network
-
-
-def assert_same_run(one, other):
-    """Equal to the bit: every epoch's figures, weights and optimiser state."""
-    assert figures(one) == figures(other)
-    first, second = (load_checkpoint(run.checkpoint("last")) for run in (one, other))
-    for key, value in (first.network | first.optimizer).items():
-        assert torch.equal(torch.as_tensor(value), torch.as_tensor((second.network | second.optimizer)[key])), key
-    for name, value in weights(one, "best").items():
-        assert torch.equal(value, weights(other, "best")[name]), name
-
-
-def recipe_file(recipe, directory):
-    path = directory / "tiny.yaml"
-    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
-    return path
+from stas.training.metrics_log import read_metrics
+from stas.training.run import Progress
+from tests.support.launch import command, started, stas
+from tests.support.runs import assert_same_run, changed, figures, recipe_file, weights
 
 
 def test_a_run_learns_and_leaves_what_it_promises(store_workspace, tiny):
@@ -177,7 +144,7 @@ def test_two_ranks_train_as_one(store_workspace, tiny, tmp_path):
 def test_more_ranks_than_images_in_a_batch_is_refused(store_workspace, tiny, monkeypatch):
     from contextlib import nullcontext
 
-    from stas import distributed
+    from stas.system import distributed
 
     monkeypatch.setattr(distributed, "join_ranks", lambda: nullcontext(Ranks(0, 8, torch.device("cpu"))))
     with pytest.raises(UsageError, match=r"train\.batch = 4 images over 8 ranks"):

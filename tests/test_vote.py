@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from stas.data.images import write_mask, write_probability
 from stas.errors import InputDataError, UsageError
-from stas.files import read_json
-from stas.images import write_mask, write_probability
+from stas.system.files import read_json
 from stas.vote import majority, tie_possible, vote
 
 

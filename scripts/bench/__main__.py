@@ -15,8 +15,8 @@ from pathlib import Path
 from scripts.bench.measure import Row, machine
 from scripts.bench.report import figure, markdown
 from scripts.bench.site import Site, make_site
-from stas.files import write_json, write_text
-from stas.resources import keep_freed_memory
+from stas.system.files import write_json, write_text
+from stas.system.resources import keep_freed_memory
 
 # Each is a module here with a function `measure(site) -> Iterator[Row]`.
 PARTS = ("data", "preprocess", "infer", "vote", "evaluate", "checkpoint", "optimizer", "memory", "start", "growth")

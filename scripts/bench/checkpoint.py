@@ -12,9 +12,9 @@ from safetensors.torch import save
 
 from scripts.bench.measure import Row
 from scripts.bench.site import Site
-from stas.checkpoint import Snapshot, save_checkpoint, take_snapshot
-from stas.files import atomic_write
+from stas.models.checkpoint import Snapshot, save_checkpoint, take_snapshot
 from stas.paths import Workspace
+from stas.system.files import atomic_write
 
 
 def measure(site: Site) -> Iterator[Row]:

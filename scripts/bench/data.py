@@ -10,13 +10,13 @@ from scripts.bench.gpu_steps import step
 from scripts.bench.measure import Row, interleaved
 from scripts.bench.rivals import batches, mask_files, nnunet_rate, original_loader
 from scripts.bench.site import Site, make_store
-from stas.distributed import Ranks
-from stas.job import set_up
-from stas.loader import Batch, SampleCache, epoch_batches
+from stas.data.store import open_store
 from stas.recipe import load_recipe
-from stas.store import open_store
-from stas.threads import prefetch
-from stas.transforms import prepare
+from stas.system.distributed import Ranks
+from stas.system.threads import prefetch
+from stas.training.loader import Batch, SampleCache, epoch_batches
+from stas.training.run import set_up
+from stas.training.transforms import prepare
 
 CPU = torch.device("cpu")
 SPLIT = "data.split={kind: fraction, fraction: 0.1}"

@@ -9,7 +9,7 @@ from scripts.bench.measure import Row, interleaved, named_seconds
 from scripts.bench.pictures import fastest_decoder
 from scripts.bench.site import Site, multiplied
 from stas.evaluate import evaluate
-from stas.resources import cores
+from stas.system.resources import cores
 from stas.vote import vote
 
 

@@ -33,10 +33,10 @@ from scripts.bench.gpu_steps import (
     step,
 )
 from scripts.bench.measure import machine
-from stas.checkpoint import save_checkpoint, take_snapshot
-from stas.files import write_json
 from stas.infer import infer
-from stas.resources import GIB
+from stas.models.checkpoint import save_checkpoint, take_snapshot
+from stas.system.files import write_json
+from stas.system.resources import GIB
 
 Result = dict[str, Any]
 EAGER = [Variant(precision, last) for precision in ("bf16", "tf32", "fp32") for last in (False, True)]

@@ -16,16 +16,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from scripts.bench.site import Site, multiplied
 from scripts.make_sample import make_sample
 from stas.config import Recipe
-from stas.distributed import Ranks
-from stas.job import Job, Progress, set_up
-from stas.loader import Batch, SampleCache, epoch_batches
 from stas.paths import Workspace
 from stas.preprocess import preprocess
 from stas.recipe import load_recipe
-from stas.resources import GIB
-from stas.threads import prefetch
+from stas.system.distributed import Ranks
+from stas.system.resources import GIB
+from stas.system.threads import prefetch
 from stas.train import Clock, train_step
-from stas.transforms import prepare
+from stas.training.loader import Batch, SampleCache, epoch_batches
+from stas.training.run import Job, Progress, set_up
+from stas.training.transforms import prepare
 
 # Datasheets' dense TFLOP/s of the SXM form where there are several, by part of the device's name, the longest first.
 DATASHEET = {

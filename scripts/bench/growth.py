@@ -17,16 +17,16 @@ from scripts.bench.measure import Row, interleaved
 from scripts.bench.site import Site, make_store, multiplied
 from scripts.make_sample import make_sample
 from stas.config import Recipe
-from stas.loader import SampleCache, epoch_batches
-from stas.pairs import find_pairs
+from stas.data.pairs import find_pairs
+from stas.data.store import Store, open_store
+from stas.data.store_spec import store_spec
 from stas.paths import Workspace
 from stas.preprocess import Task, preprocess
 from stas.preprocess import make_sample as make_stored
 from stas.recipe import load_recipe
-from stas.resources import cores
-from stas.store import Store, open_store
-from stas.store_spec import store_spec
-from stas.transforms import prepare
+from stas.system.resources import cores
+from stas.training.loader import SampleCache, epoch_batches
+from stas.training.transforms import prepare
 from stas.vote import vote
 
 CHANGES = ("data.split.kind=fraction",)

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from stas import distributed
 from stas.config import Recipe
-from stas.loader import SampleCache, epoch_batches
-from stas.losses import build_loss
-from stas.optim import build_optimizer
-from stas.store import Store
-from stas.threads import prefetch
-from stas.transforms import prepare
+from stas.data.store import Store
+from stas.system import distributed
+from stas.system.threads import prefetch
+from stas.training.loader import SampleCache, epoch_batches
+from stas.training.losses import build_loss
+from stas.training.optim import build_optimizer
+from stas.training.transforms import prepare
 
 
 def epoch_seconds(store: Path, recipe: Recipe, samples: int, ranks: int) -> float:

@@ -10,13 +10,13 @@ from torch import Tensor
 from scripts.bench.measure import Row, interleaved, named_seconds, one_thread
 from scripts.bench.site import Site, multiplied
 from stas import infer as stage
-from stas.checkpoint import save_checkpoint, take_snapshot
-from stas.images import list_images
-from stas.model import build_network
+from stas.data.images import list_images
+from stas.models.checkpoint import save_checkpoint, take_snapshot
+from stas.models.network import build_network
+from stas.models.predict import Picture, Settings, predict_logits
 from stas.paths import Workspace
-from stas.predict import Picture, Settings, predict_logits
 from stas.recipe import load_recipe
-from stas.threads import map_ahead
+from stas.system.threads import map_ahead
 
 RUN = "lite0"
 

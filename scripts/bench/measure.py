@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-from stas.resources import GIB, cores
+from stas.system.resources import GIB, cores
 
 
 @dataclass(frozen=True)

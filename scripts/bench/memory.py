@@ -14,9 +14,9 @@ import psutil
 
 from scripts.bench.measure import Row
 from scripts.bench.site import Site, make_store
+from stas.data.store import Store, open_store
 from stas.paths import store_data
 from stas.recipe import load_recipe
-from stas.store import Store, open_store
 
 MIB = 2**20
 Files = tuple[list[Path], list[Path]]  # images, masks

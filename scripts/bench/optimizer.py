@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from scripts.bench import rivals
 from scripts.bench.measure import Row, interleaved, one_thread
 from scripts.bench.site import Site
-from stas.adabelief import AdaBelief
+from stas.training.adabelief import AdaBelief
 
 SMALL = [(64 * (1 + index % 16),) for index in range(600)]  # where a step is nothing but calls
 STEPS = 10  # of an optimiser at a time, in a few ms each

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.nn.functional import adaptive_avg_pool2d
 
-from stas.resize import area_resize
+from stas.data.resize import area_resize
 
 Mask = NDArray[np.uint8]  # (height, width), 0 and 255
 T = TypeVar("T")
@@ -59,7 +59,7 @@ def fastest_resize(image: NDArray[np.uint8], size: tuple[int, int]) -> tuple[str
     ways: dict[str, Callable[[NDArray[np.uint8]], Any]] = {
         "Pillow's box filter": lambda image: Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BOX),
         "torch's average pooling": lambda image: adaptive_avg_pool2d(torch.tensor(image).permute(2, 0, 1) / 1, size),
-        "stas.resize.area_resize": lambda image: area_resize(image, size),
+        "stas.data.resize.area_resize": lambda image: area_resize(image, size),
     }
     if cv2 := _opencv():
         ways["OpenCV's INTER_AREA"] = lambda image: cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_AREA)

@@ -34,8 +34,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from stas.annotations import rasterise, read_labelme
-from stas.images import write_mask
+from stas.data.annotations import rasterise, read_labelme
+from stas.data.images import write_mask
 from stas.paths import prediction
 
 KEYS = ["image", "mask"]

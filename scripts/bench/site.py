@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from scripts.make_sample import make_sample
-from stas.annotations import rasterise, read_labelme
 from stas.config import Recipe
-from stas.images import write_mask
+from stas.data.annotations import rasterise, read_labelme
+from stas.data.images import write_mask
 from stas.paths import Workspace, prediction
 from stas.preprocess import preprocess
 

@@ -1,0 +1,245 @@
+"""Reading and writing pictures: RGB images, masks and probabilities."""
+
+import io
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from stas.data.png import decode_grey, encode_mask
+from stas.errors import InputDataError
+from stas.system.files import atomic_write
+from stas.system.untrusted import check_file, read_bounded
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
+# What Pillow may take a file for, whatever its suffix: of the others, one hands the file to an interpreter (EPS).
+_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")
+# A decompression bomb's size, not a micrograph's. One image takes up to 20 bytes a pixel while it is read: 2.5 GiB.
+MAX_PIXELS = 128 * 1024 * 1024
+MAX_SIDE = 65_535  # pixels, the longest that JPEG knows; resizing a strip of a hundred million takes minutes
+MAX_IMAGE_BYTES = 512 * 1024 * 1024  # of the file
+MAX_SCANS = 200  # of a progressive JPEG, which has 10; each empty one costs as much time as a whole image
+MAX_STEM_BYTES = 150  # in UTF-8: 255 are allowed, and temporary names are longer
+Image.MAX_IMAGE_PIXELS = None  # checked here instead, before decoding and with our own message
+# How each EXIF orientation is undone.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SAME_NAME = " but for case or the form of accents"
+_EIGHT_BIT_MODES = ("RGB", "L", "P", "1", "CMYK", "YCbCr", "RGBA", "LA")
+
+
+def list_images(directory: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> dict[str, Path]:
+    """The images of a directory by stem, in sorted order of the stems.
+
+    Raises:
+        InputDataError: no such directory, no image in it, two images with one stem, or with stems that differ only in
+            case or in how an accent is written, or a stem of more than MAX_STEM_BYTES.
+    """
+    if not directory.is_dir():
+        raise InputDataError(f"{directory}: not a directory; give the directory that holds the images")
+    found: dict[str, Path] = {}
+    folded: dict[str, Path] = {}
+    for path in sorted(directory.iterdir()):
+        if path.suffix.lower() not in suffixes or path.name.startswith("."):
+            continue
+        check_stem(path)
+        other = folded.setdefault(fold(path.stem), path)
+        if other != path:
+            but = "" if other.stem == path.stem else SAME_NAME
+            raise InputDataError(
+                f"{directory}: {other.name} and {path.name} share the stem {path.stem!r}{but}, "
+                "which names their masks: rename one"
+            )
+        found[path.stem] = path
+    if not found:
+        raise InputDataError(f"{directory}: no image in it (looked for {' '.join(suffixes)})")
+    return dict(sorted(found.items()))
+
+
+def fold(stem: str) -> str:
+    """A stem as file systems see it that are blind to case or to the form of accents (macOS, Windows, shares)."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", stem).casefold())
+
+
+def is_plain_stem(stem: object) -> bool:
+    """Whether a stem that stands in a manifest names a file in a directory, and none outside of it."""
+    if not isinstance(stem, str) or not stem or stem.startswith(".") or set(stem) & {"/", "\0"}:
+        return False
+    return len(stem.encode(errors="surrogatepass")) <= MAX_STEM_BYTES
+
+
+def check_stem(path: Path) -> None:
+    """Refuse a name whose mask could not be written.
+
+    Raises:
+        InputDataError: the stem has more than MAX_STEM_BYTES.
+    """
+    length = len(path.stem.encode(errors="surrogateescape"))
+    if length > MAX_STEM_BYTES:
+        raise InputDataError(f"{path}: a stem of {length} bytes, more than {MAX_STEM_BYTES}: rename it")
+
+
+def read_image(source: Path | bytes) -> NDArray[np.uint8]:
+    """Read an image as LabelMe shows it: EXIF orientation applied, any 8-bit mode turned into RGB.
+
+    Transparency is dropped, not blended. 16-bit and floating-point images are refused by mode.
+
+    Args:
+        source: a file, or the bytes of one.
+
+    Returns:
+        RGB array, (height, width, 3), uint8.
+
+    Raises:
+        InputDataError: missing, truncated, too large, or of a mode that is not 8-bit; names the file.
+    """
+    image = _open(source)
+    if image.mode not in _EIGHT_BIT_MODES:
+        raise InputDataError(f"{_name(source)}: image mode {image.mode} is not 8-bit: convert it to 8-bit RGB")
+    method = _UPRIGHT.get(_orientation(source, image))
+    if method is not None:
+        image = image.transpose(method)
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def image_size(source: Path | bytes) -> tuple[int, int]:
+    """(height, width) in pixels after EXIF orientation, without decoding the pixels."""
+    image = _open(source, decode=False)
+    if image.format == "TIFF":  # which Pillow turns itself, its size before or when the pixels are decoded
+        image = _open(source)
+    width, height = image.size
+    turned = _orientation(source, image) in (5, 6, 7, 8)
+    return (width, height) if turned else (height, width)
+
+
+def stated_size(source: Path | bytes) -> tuple[int, int]:
+    """(height, width) in pixels before EXIF orientation, from the file's head alone."""
+    image = _open(source, decode=False)
+    return image.height, image.width
+
+
+def grey_size(path: Path) -> tuple[int, int]:
+    """(height, width) of what `read_grey` returns, from the file's head; `image_size` decodes a PNG to find EXIF."""
+    image = _open(path, decode=False, formats=("PNG",))
+    return image.height, image.width
+
+
+def read_grey(path: Path) -> NDArray[np.uint8] | NDArray[np.uint16]:
+    """Read a single-channel PNG of another maker as it stands: (height, width), uint8 or uint16.
+
+    Modes 1, L, P, RGB, LA and RGBA become 8-bit luminance (transparency ignored); 16-bit grey stays 16-bit.
+    """
+    plain = decode_grey(read_bounded(path, MAX_IMAGE_BYTES), MAX_PIXELS, MAX_SIDE)
+    if plain is not None:
+        return plain
+    image = _open(path, formats=("PNG",))
+    if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
+        values = np.asarray(image)
+        if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+            raise InputDataError(f"{path}: values outside 0 to 65535: save it as 8-bit or 16-bit grey")
+        return values.astype(np.uint16)
+    if image.mode not in _EIGHT_BIT_MODES:
+        raise InputDataError(f"{path}: image mode {image.mode} cannot be read as a mask: save it as 8-bit grey")
+    return np.asarray(image.convert("RGB").convert("L") if image.mode != "L" else image)
+
+
+def read_member_mask(path: Path, threshold: float | None = None) -> tuple[NDArray[np.bool_], bool]:
+    """Read a mask of any maker: mode 1, L, P, RGB(A) or 16-bit grey.
+
+    Args:
+        path: the mask.
+        threshold: foreground is every value above it, in the file's own units (0 to 255, or 0 to 65535);
+            by default every value above 0.
+
+    Returns:
+        mask: (height, width), bool.
+        graded: no threshold was given and the values are not only 0 and one of 1, 255 and 65535, so that
+            "above 0" was a choice, to be told to people (`log_graded`).
+    """
+    values = read_grey(path)
+    if threshold is not None:
+        return values > threshold, False
+    return values > 0, is_graded(values)
+
+
+def is_graded(values: NDArray[np.uint8] | NDArray[np.uint16]) -> bool:
+    """Whether there are other values than 0 and 1, or than 0 and the highest of the type."""
+    signed = values.view(np.int8 if values.dtype == np.uint8 else np.int16)  # in which the highest is -1
+    if signed.min(initial=0) >= -1 and signed.max(initial=0) <= 0:
+        return False
+    return bool(values.max(initial=0) > 1)
+
+
+def write_mask(path: Path, mask: NDArray[np.bool_], synced: bool = True) -> None:
+    """Write a (height, width) mask atomically as 8-bit L PNG with 0 and 255; `synced` as of `atomic_write`."""
+    content = encode_mask(mask)
+    with atomic_write(path, synced) as file:
+        file.write(content)
+
+
+def write_probability(path: Path, probability: NDArray[np.float32], synced: bool = True) -> None:
+    """Write (height, width) probabilities in [0, 1] atomically as 16-bit grey PNG, 65535 for 1.
+
+    Halves are rounded down, so that a stored value is above 32767 exactly where the probability is above 0.5.
+    """
+    scaled = np.ceil(probability.astype(np.float64) * 65535 - 0.5).astype(np.uint16)
+    with atomic_write(path, synced) as file:
+        Image.fromarray(scaled).save(file, "PNG", compress_level=1)
+
+
+def _open(source: Path | bytes, decode: bool = True, formats: tuple[str, ...] = _FORMATS) -> Image.Image:
+    name = _name(source)
+    if isinstance(source, Path):
+        check_file(source, MAX_IMAGE_BYTES)
+    try:
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
+        width, height = image.size
+        if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+            raise InputDataError(
+                f"{name}: {width} x {height} pixels, more than {MAX_PIXELS} or than {MAX_SIDE} a side: "
+                "cut it into tiles"
+            )
+        if min(width, height) < 1:
+            raise InputDataError(f"{name}: {width} x {height} pixels, nothing to see: export it again")
+        if decode:
+            _check_scans(source, image)
+            image.load()
+    except InputDataError:
+        raise
+    except Exception as error:  # Pillow raises many kinds from damaged files: OSError, SyntaxError, struct.error, ...
+        raise InputDataError(f"{name}: not readable as an image ({error}): export it again") from error
+    return image
+
+
+def _check_scans(source: Path | bytes, image: Image.Image) -> None:
+    """Count the scans of a JPEG, whose markers cannot stand within compressed data."""
+    if image.format not in ("JPEG", "MPO"):
+        return
+    scans = (source if isinstance(source, bytes) else source.read_bytes()).count(b"\xff\xda")
+    if scans > MAX_SCANS:
+        raise InputDataError(f"{_name(source)}: a JPEG of {scans} scans, more than {MAX_SCANS}: export it again")
+
+
+def _orientation(source: Path | bytes, image: Image.Image) -> int:
+    """EXIF's number, 1 to 8, for how an image lies on its side or back; 1 where it says nothing."""
+    try:
+        value = image.getexif().get(0x0112, 1)
+    except Exception as error:  # as many kinds as from damaged images
+        raise InputDataError(
+            f"{_name(source)}: its EXIF data are not readable ({error}), so which side is up is not known: "
+            "export it again"
+        ) from error
+    return value if isinstance(value, int) else 1
+
+
+def _name(source: Path | bytes) -> str:
+    return "embedded image" if isinstance(source, bytes) else str(source)

@@ -1,0 +1,215 @@
+"""Annotations and the images they belong to, found by name and hashed, before any is decoded."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+
+from stas.data.annotations import MAX_FILE_BYTES, Annotation, find_image, read_labelme
+from stas.data.images import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, SAME_NAME, check_stem, fold, list_images
+from stas.data.store_manifest import Skipped
+from stas.data.store_spec import StoreSpec
+from stas.errors import InputDataError
+from stas.system.files import sha256
+from stas.system.publish import FORMATS
+from stas.system.resources import cores
+from stas.system.threads import bar
+from stas.system.untrusted import check_file, shown
+
+AT_ONCE = 1000  # files handed to threads: what waits for its turn takes 2 KiB
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """An annotation (LabelMe JSON or mask PNG) and its image; None for one that is embedded in the JSON."""
+
+    annotation: Path
+    image: Path | None
+    annotation_sha256: str
+    image_sha256: str
+
+    @property
+    def stem(self) -> str:
+        """The sample's name, which is the annotation's and mostly the image's, too."""
+        return self.annotation.stem
+
+
+def find_pairs(images: Sequence[Path], annotations: Sequence[Path]) -> tuple[list[Pair], list[Skipped]]:
+    """Pair every annotation with its image.
+
+    Args:
+        images: directories of images.
+        annotations: directories of LabelMe JSON files and mask PNGs. In one that is also a directory of images, a PNG
+            is an image.
+
+    Returns:
+        The pairs in sorted order of their stems, and the files that have no partner or cannot be read.
+
+    Raises:
+        InputDataError: a directory is missing, there is no annotation, or two directories have the same stem.
+    """
+    image_files = _by_stem(images, _list_pictures)
+    annotation_files, double = _list_annotations(annotations, {directory.resolve() for directory in images})
+    if not annotation_files and not double:
+        where = ", ".join(map(str, annotations))
+        raise InputDataError(f"{where}: no annotation in it: give the directory with LabelMe JSON files or mask PNGs")
+
+    def resolve(stem: str) -> Pair | Skipped:
+        try:
+            return _pair(annotation_files[stem], image_files.get(stem), images)
+        except (InputDataError, OSError) as error:
+            return skipped(annotation_files[stem], error)
+
+    with ThreadPoolExecutor(min(8, cores())) as threads:  # reading and hashing, for which Python's lock is released
+        stems = list(annotation_files)
+        blocks = (stems[first : first + AT_ONCE] for first in range(0, len(stems), AT_ONCE))
+        results = chain.from_iterable(threads.map(resolve, block) for block in blocks)
+        found = list(bar(results, len(stems), "hash"))
+    pairs, twice = _one_annotation_each([pair for pair in found if isinstance(pair, Pair)])
+    bad = [*double.values(), *(entry for entry in found if not isinstance(entry, Pair)), *twice]
+    used = {_resolved(pair.image) for pair in pairs if pair.image}
+    remedy = "annotate it (a LabelMe file without shapes says that there is nothing to find) or take it out"
+    bad += [
+        skipped(path, InputDataError(f"{path}: no annotation of this stem: {remedy}"))
+        for stem, path in image_files.items()
+        if stem not in annotation_files and stem not in double and _resolved(path) not in used
+    ]
+    return pairs, sorted(bad, key=lambda entry: entry["file"])
+
+
+def store_key(spec: StoreSpec, pairs: Sequence[Pair], bad: Sequence[Skipped]) -> str:
+    """The name of the store that these inputs make: 20 hexadecimal digits of a SHA-256."""
+    content = {
+        "format": FORMATS["store"],
+        "spec": asdict(spec),
+        "samples": sorted((pair.stem, pair.image_sha256, pair.annotation_sha256) for pair in pairs),
+        "bad": sorted(Path(entry["file"]).name for entry in bad),  # because the manifest lists them
+    }
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
+
+
+def pair_hashes(annotation: Path, image: Path | None, content: Annotation | None) -> tuple[str, str]:
+    """SHA-256 of the annotation's file and of the image, which is embedded in `content` if it is not a file."""
+    if image is not None:
+        return sha256(annotation), sha256(image)
+    assert content is not None
+    assert content.image_data is not None
+    return sha256(annotation), hashlib.sha256(content.image_data).hexdigest()
+
+
+def skipped(file: Path, error: Exception) -> Skipped:
+    """An error as a manifest's entry. Messages of InputDataError read 'file: reason: remedy'."""
+    reason, remedy = f"not readable ({error})", "look at its permissions and its disk"
+    if isinstance(error, InputDataError):
+        reason, _, remedy = str(error).removeprefix(f"{file}: ").rpartition(": ")
+    # A name that is not UTF-8 cannot stand in JSON, and a reason may hold another file's.
+    name, reason = (text.encode(errors="backslashreplace").decode() for text in (str(file), reason))
+    return Skipped(file=name, reason=reason, remedy=remedy)
+
+
+def _pair(annotation: Path, image: Path | None, images: Sequence[Path]) -> Pair:
+    """Find and hash the image of an annotation, given the image file of its stem if there is one."""
+    _check_utf8(annotation, annotation)
+    check_stem(annotation)
+    check_file(annotation, MAX_FILE_BYTES)  # before it is hashed, which never ends for a pipe
+    content = None
+    if image is None:
+        if annotation.suffix.lower() != ".json":
+            raise InputDataError(f"{annotation}: no image of this stem: put it into {images[0]}")
+        content = read_labelme(annotation)
+        found = find_image(annotation, content, images)
+        if found is None:
+            raise InputDataError(
+                f"{annotation}: no image, neither of this stem, nor at imagePath {shown(content.image_path)} within "
+                f"the given directories, nor embedded: put it into {images[0]}"
+            )
+        image = found if isinstance(found, Path) else None
+    if image is not None:
+        _check_utf8(annotation, image)
+        check_file(image, MAX_IMAGE_BYTES)
+    return Pair(annotation, image, *pair_hashes(annotation, image, content))
+
+
+def _check_utf8(annotation: Path, file: Path) -> None:
+    """Refuse an annotation if the name of `file`, it or its image, cannot stand in a manifest."""
+    try:
+        file.name.encode()
+    except UnicodeEncodeError:
+        whose = "its name" if file == annotation else f"the name of its image {file}"
+        raise InputDataError(f"{annotation}: {whose} is not UTF-8: rename it and its image") from None
+
+
+def _resolved(path: Path) -> Path:
+    """The path with its links followed; as it is where they lead in a circle."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):
+        return path
+
+
+def _one_annotation_each(found: Sequence[Pair]) -> tuple[list[Pair], list[Skipped]]:
+    """Refuse an image's second annotation, with which it could stand in training and validation at once."""
+    pairs: list[Pair] = []
+    bad: list[Skipped] = []
+    annotated: dict[Path, Path] = {}
+    # An annotation of the image's own stem comes first.
+    for pair in sorted(found, key=lambda pair: (pair.image is not None and pair.image.stem != pair.stem, pair.stem)):
+        first = annotated.setdefault(_resolved(pair.image), pair.annotation) if pair.image else pair.annotation
+        if first == pair.annotation:
+            pairs.append(pair)
+        else:
+            reason = f"its image {pair.image} is also that of {first}"
+            bad.append(skipped(pair.annotation, InputDataError(f"{reason}: keep one of the two annotations")))
+    return sorted(pairs, key=lambda pair: pair.stem), bad
+
+
+def _list_pictures(directory: Path) -> dict[str, Path]:
+    """The images of a directory, which may be none where they are embedded in the annotations."""
+    if directory.is_dir() and not any(path.suffix.lower() in IMAGE_SUFFIXES for path in directory.iterdir()):
+        return {}
+    return list_images(directory)
+
+
+def _list_annotations(directories: Sequence[Path], images: set[Path]) -> tuple[dict[str, Path], dict[str, Skipped]]:
+    """The annotations by stem, sorted, and apart from them those of which there are two kinds for one stem."""
+    bad: dict[str, Skipped] = {}
+
+    def listing(directory: Path) -> dict[str, Path]:
+        if not directory.is_dir():
+            raise InputDataError(f"{directory}: not a directory: give the directory that holds the annotations")
+        suffixes = (".json",) if directory.resolve() in images else (".json", ".png")
+        found: dict[str, Path] = {}
+        folded: dict[str, Path] = {}
+        for path in sorted(directory.iterdir()):
+            if path.suffix.lower() not in suffixes or path.name.startswith("."):
+                continue
+            other = folded.setdefault(fold(path.stem), path)
+            if other != path:
+                but = "" if other.stem == path.stem else f", the stem being the same{SAME_NAME}"
+                for one, two in ((path, other), (other, path)):  # one entry, for `path`, where the stems are equal
+                    error = InputDataError(f"{two.name} annotates the same image{but}: keep one of the two")
+                    bad.setdefault(one.stem, skipped(one, error))
+            found[path.stem] = path
+        return found
+
+    files = _by_stem(directories, listing)
+    return {stem: files[stem] for stem in sorted(files) if stem not in bad}, bad
+
+
+def _by_stem(directories: Sequence[Path], listing: Callable[[Path], dict[str, Path]]) -> dict[str, Path]:
+    """The files of several directories by stem."""
+    files: dict[str, Path] = {}
+    folded: dict[str, Path] = {}
+    for directory in {directory.resolve(): directory for directory in directories}.values():
+        before = dict(folded)
+        for stem, path in listing(directory).items():
+            if other := before.get(fold(stem)):
+                but = "" if other.stem == stem else SAME_NAME
+                raise InputDataError(
+                    f"{other} and {path} share the stem {stem!r}{but}, which names a sample: rename one"
+                )
+            folded[fold(stem)] = files[stem] = path
+    return files

@@ -1,0 +1,88 @@
+"""Which samples are for training and which for validation.
+
+Random choices are made by hashing seed and stem, so that they depend neither on the order of the samples nor on a
+library's generator, and adding a sample moves few of the others.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from stas.config import Split
+from stas.data.store import Sample
+from stas.errors import UsageError
+from stas.system.untrusted import read_bounded, shown
+
+MAX_LIST_BYTES = 16 * 1024 * 1024
+
+
+def split_samples(samples: Sequence[Sample], split: Split) -> tuple[list[int], list[int]]:
+    """Split samples as the recipe says.
+
+    Args:
+        samples: entries of a store's manifest; `stem` and `area` are used.
+        split: the recipe's section.
+
+    Returns:
+        Positions in `samples` for training and for validation, each in sorted order of the stems.
+
+    Raises:
+        UsageError: nothing is left for one of the two, or the list file is missing or names an unknown stem.
+    """
+    order = sorted(range(len(samples)), key=lambda index: samples[index]["stem"])
+    if split.kind == "first":
+        chosen, words = set(order[: split.count]), f"the first {split.count}"
+    elif split.kind == "fraction":
+        count = max(1, round(len(order) * split.fraction))
+        shuffled = sorted(order, key=lambda index: _draw(split.seed, samples[index]["stem"]))
+        chosen, words = set(shuffled[:count]), f"a fraction of {split.fraction}"
+    elif split.kind == "kfold":
+        chosen, words = _fold(samples, split), f"fold {split.fold} of {split.folds}"
+    else:
+        assert split.file is not None
+        stems = _listed(split.file, {sample["stem"] for sample in samples})
+        chosen, words = {index for index in order if samples[index]["stem"] in stems}, f"the list {split.file}"
+    training = [index for index in order if index not in chosen]
+    validation = [index for index in order if index in chosen]
+    if not training or not validation:
+        missing = "validation" if training else "training"
+        raise UsageError(
+            f"data.split takes {words} of {len(samples)} samples for validation, which leaves none for {missing}: "
+            "use another split, e.g. --set data.split.kind=fraction"
+        )
+    return training, validation
+
+
+def _fold(samples: Sequence[Sample], split: Split) -> set[int]:
+    """Go through the samples by foreground area, `folds` at a time, and deal each such hand out to the folds."""
+    by_area = sorted(range(len(samples)), key=lambda index: (samples[index]["area"], samples[index]["stem"]))
+    chosen: set[int] = set()
+    for start in range(0, len(by_area), split.folds):
+        hand = by_area[start : start + split.folds]
+        hand.sort(key=lambda index: _draw(split.seed, samples[index]["stem"]))
+        chosen.update(hand[split.fold : split.fold + 1])
+    return chosen
+
+
+def _draw(seed: int, stem: str) -> bytes:
+    """A number that looks random and is always the same for a seed and a stem."""
+    return hashlib.sha256(f"{seed} {stem}".encode()).digest()
+
+
+def _listed(file: Path, known: set[str]) -> set[str]:
+    """The stems in a list file, one a line; empty lines and lines that begin with # are passed over."""
+    try:
+        lines = [line.strip() for line in read_bounded(file, MAX_LIST_BYTES).decode("utf-8").splitlines()]
+    except ValueError as error:
+        raise UsageError(
+            f"data.split.file {file}: not readable ({error}): give a UTF-8 text file, one stem a line"
+        ) from error
+    stems = {line for line in lines if line and not line.startswith("#")}
+    unknown = sorted(stems - known)
+    if unknown:
+        raise UsageError(
+            f"data.split.file {file}: {len(unknown)} of {len(stems)} stems are not in the store "
+            f"({', '.join(map(shown, unknown[:5]))}{', ...' if len(unknown) > 5 else ''}): "
+            "write one stem a line, without suffix"
+        )
+    return stems

@@ -1,0 +1,225 @@
+"""Building a store: unseen until it is whole, and only once."""
+
+import errno
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+import lmdb
+import numpy as np
+from numpy.typing import NDArray
+
+from stas.data.deflate import pack
+from stas.data.resize import area_resize
+from stas.data.store import digest, full_part, mask_part, record_key
+from stas.data.store_file import copy_file, local_disk
+from stas.data.store_manifest import Sample, Skipped
+from stas.data.store_spec import StoreSpec
+from stas.data.tiles import tiles, whole
+from stas.paths import store_data
+from stas.system.files import sync_path
+from stas.system.filesystems import on_network
+from stas.system.publish import Output, building, write_manifest
+
+log = logging.getLogger(__name__)
+
+MAP_STEP = 64 << 20  # by which the map grows; a new map lets go of the old one's pages, which count as memory in use
+ABANDONED = 24 * 3600  # seconds after which a half-built store is taken for that of a killed process
+
+
+class Source(TypedDict):
+    """Where a sample came from."""
+
+    stem: str
+    image: str
+    image_sha256: str
+    annotation: str
+    annotation_sha256: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """A sample ready to be stored."""
+
+    sample: Sample
+    image: NDArray[np.uint8]  # RGB, (H, W, 3)
+    mask: NDArray[np.uint8]  # (H, W), the covered share of each pixel times 255
+    full_mask: bytes  # one bit a pixel of the original, packed
+
+
+def make_record(source: Source, image: NDArray[np.uint8], mask: NDArray[np.bool_], spec: StoreSpec) -> Record:
+    """Make the stored form of a sample.
+
+    Args:
+        source: where it came from.
+        image: RGB at its own size, (h, w, 3), uint8.
+        mask: foreground at the same size, (h, w).
+        spec: what the store is made for, with one label.
+    """
+    assert image.shape[:2] == mask.shape
+    (label,) = spec.labels
+    stored = spec.shape(*mask.shape)
+    area = int(np.count_nonzero(mask))
+    # MONAI scales to [0, 1] before it resizes; both are affine in the pixels, so raw bytes can be stored.
+    small = area_resize(image, stored, scale=1)
+    small_mask = area_resize(mask, stored, scale=255)
+    full = pack(np.packbits(mask))
+    sample = Sample(
+        stem=source["stem"],
+        sha256=digest(small, small_mask, full),
+        height=mask.shape[0],
+        width=mask.shape[1],
+        stored=stored,
+        min=int(image.min()),
+        max=int(image.max()),
+        area=area,
+        areas={label: area},
+        image=source["image"],
+        image_sha256=source["image_sha256"],
+        annotation=source["annotation"],
+        annotation_sha256=source["annotation_sha256"],
+    )
+    return Record(sample, small, small_mask, full)
+
+
+class StoreWriter:
+    """Takes the records of a store that is being built; one process at a time."""
+
+    def __init__(self, file: Path, spec: StoreSpec) -> None:
+        self.samples: list[Sample] = []
+        self.skipped: list[Skipped] = []
+        self._file = file
+        self._spec = spec
+        (self._label,) = spec.labels
+        with _disk_errors(file):
+            # Nobody else knows the file yet, so neither locks nor a sync for each record are needed.
+            self._env = lmdb.open(str(file), map_size=MAP_STEP, subdir=False, lock=False, sync=False, mode=0o644)
+        self._thread = ThreadPoolExecutor(1, "sync")
+        self._syncing: Future[None] | None = None
+
+    def add(self, record: Record) -> None:
+        """Store one sample; its position is the number of samples before it."""
+        parts = {
+            **self._tiles("image", record.image),
+            **self._tiles(mask_part(self._label), record.mask),
+            full_part(self._label): record.full_mask,
+        }
+        while True:
+            try:
+                with _disk_errors(self._file), self._env.begin(write=True) as transaction:
+                    for part, data in parts.items():
+                        transaction.put(record_key(len(self.samples), part), data)
+                break
+            except lmdb.MapFullError:
+                self._start_sync()
+                self._env.set_mapsize(self._env.info()["map_size"] + MAP_STEP + sum(map(len, parts.values())))
+        self.samples.append(record.sample)
+
+    def _tiles(self, part: str, pixels: NDArray[np.uint8]) -> dict[str, memoryview]:
+        shape = pixels.shape[0], pixels.shape[1]
+        return {
+            f"{part}/{name}": np.ascontiguousarray(pixels[tile.slices(whole(shape))]).data.cast("B")
+            for name, tile in tiles(shape, self._spec.tile, whole(shape))
+        }
+
+    def sync(self) -> None:
+        """Bring everything to disk."""
+        self._wait_for_disk()
+        with _disk_errors(self._file):
+            self._env.sync(True)
+
+    def close(self) -> None:
+        self._thread.shutdown()
+        self._env.close()
+
+    def _start_sync(self) -> None:
+        """Have the disk work beside the making of further samples; one that is slower than they are is waited for."""
+        self._wait_for_disk()
+        self._syncing = self._thread.submit(sync_path, self._file)
+
+    def _wait_for_disk(self) -> None:
+        if self._syncing:
+            self._syncing.result()
+
+
+@contextmanager
+def _disk_errors(file: Path) -> Iterator[None]:
+    """Make the system's errors of LMDB's, which tell the number only in their text."""
+    try:
+        yield
+    except lmdb.Error as error:
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES):
+            if os.strerror(number) in str(error):
+                raise OSError(number, os.strerror(number), str(file)) from error
+        raise
+
+
+@contextmanager
+def build_store(directory: Path, spec: StoreSpec, network: bool | None = None) -> Iterator[StoreWriter | None]:
+    """Build a store that appears under `directory` only when the block ends well.
+
+    Args:
+        directory: the store, whose name is its content key.
+        spec: what the store is made for, with one label.
+        network: whether `directory` is on a network file system; found out if None.
+
+    Yields:
+        What takes its samples; None where the store is there already.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    output = Output(directory, "store", directory.name)
+    with building(output) as partial:
+        if partial is None:
+            yield None
+            return
+        _remove_abandoned(directory.parent, partial)
+        remote = on_network(directory.parent) if network is None else network
+        with _scratch(directory.name) if remote else nullcontext(partial) as local:
+            writer = StoreWriter(store_data(local), spec)
+            try:
+                yield writer
+                writer.sync()
+            finally:
+                writer.close()
+            if remote:
+                copy_file(store_data(local), store_data(partial))
+        write_manifest(
+            partial,
+            output,
+            labels=spec.labels,
+            size=spec.size,
+            scale=spec.scale,
+            samples=writer.samples,
+            skipped=writer.skipped,
+        )
+
+
+@contextmanager
+def _scratch(key: str) -> Iterator[Path]:
+    """A directory of this user alone on local disk, for a store whose own place is on a network file system."""
+    local = local_disk() / f"stas-{os.getuid()}-{key}.build"
+    shutil.rmtree(local, ignore_errors=True)  # what a killed process left
+    local.mkdir(mode=0o700)
+    try:
+        yield local
+    finally:
+        shutil.rmtree(local, ignore_errors=True)
+
+
+def _remove_abandoned(stores: Path, own: Path) -> None:
+    """Remove what processes that were killed while they built other stores have left."""
+    for path in stores.glob(".*.partial"):
+        try:
+            newest = max(entry.stat().st_mtime for entry in (path, *path.glob("*")))
+        except FileNotFoundError:  # its process removed or renamed it meanwhile
+            continue
+        if path != own and path.is_dir() and time.time() - newest > ABANDONED:
+            log.info("%s: removed; a build of a store ended there unfinished", path)
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,120 @@
+"""Samples made in several processes. Their pixels come back in shared memory: through a pipe, they take 5 ms each."""
+
+import multiprocessing
+import shutil
+import signal
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from ctypes import Array
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stas.data.store_manifest import Sample, Skipped
+from stas.data.store_writer import Record
+from stas.errors import InputDataError, UsageError
+from stas.system.resources import keep_freed_memory
+
+Item = TypeVar("Item")
+Pixels = NDArray[np.uint8]
+
+
+def records(
+    make: Callable[[Item], Record | Skipped], items: Sequence[Item], largest: tuple[int, int], workers: int
+) -> Iterator[Record | Skipped]:
+    """Map `make` over processes, in order, with at most two results a worker in flight, so that memory stays flat.
+
+    Args:
+        make: a function of a module, called once per item. One worker means that this process calls it.
+        items: the items.
+        largest: (height, width) in pixels of the largest of the records' images.
+        workers: processes.
+
+    Yields:
+        What was made. A record's pixels are others when the next one has been asked for.
+
+    Raises:
+        InputDataError: a worker was killed.
+        UsageError: too little shared memory for so many workers.
+    """
+    if workers == 1:
+        yield from map(make, items)
+        return
+    # Not fork: the caller may have threads. The server imports the module once for all workers.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([make.__module__])
+    count = min(2 * workers, len(items))
+    each = largest[0] * largest[1] * 4  # bytes of an image and its mask
+    needed = count * each
+    _check_room(needed, workers)
+    shared = context.RawArray("B", needed)
+    places = _places(shared, each)
+    pool = ProcessPoolExecutor(workers, context, initializer=_prepare, initargs=(shared, each))
+    waiting: deque[tuple[int, Future[tuple[Sample, bytes] | Skipped]]] = deque()
+
+    def first() -> Record | Skipped:
+        place, future = waiting.popleft()
+        made = future.result()
+        if not isinstance(made, tuple):
+            return made
+        sample, full_mask = made
+        return Record(sample, *_image_and_mask(places[place], sample["stored"]), full_mask)
+
+    try:
+        for index, item in enumerate(items):
+            if len(waiting) == count:
+                yield first()
+            place = index % count
+            waiting.append((place, pool.submit(_make, make, item, place)))
+        while waiting:
+            yield first()
+    except BrokenProcessPool as error:
+        raise InputDataError(
+            "a worker process was killed, most likely for want of memory: give fewer with --workers"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _check_room(needed: int, workers: int) -> None:
+    """Refuse what would end this process by a signal: multiprocessing takes files in one of these for shared memory."""
+    room = [shutil.disk_usage(path).free for path in ("/dev/shm", tempfile.gettempdir()) if Path(path).is_dir()]
+    if max(room) < needed:
+        raise UsageError(
+            f"{workers} workers need {needed / 2**20:.0f} MiB in /dev/shm or {tempfile.gettempdir()}, where "
+            f"{max(room) / 2**20:.0f} are free: give fewer with --workers, or more room with TMPDIR"
+        )
+
+
+def _places(shared: "Array[Any]", each: int) -> list[Pixels]:
+    return list(np.frombuffer(memoryview(shared), np.uint8).reshape(-1, each))
+
+
+def _image_and_mask(place: Pixels, shape: tuple[int, int]) -> tuple[Pixels, Pixels]:
+    """An image (height, width, 3) and its mask (height, width), at the start of a place."""
+    pixels = shape[0] * shape[1]
+    assert pixels * 4 <= len(place)
+    return place[: pixels * 3].reshape(*shape, 3), place[pixels * 3 : pixels * 4].reshape(shape)
+
+
+_own: list[Pixels] = []  # of a worker process: the places it may write to
+
+
+def _prepare(shared: "Array[Any]", each: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers
+    keep_freed_memory()
+    _own[:] = _places(shared, each)
+
+
+def _make(make: Callable[[Item], Record | Skipped], item: Item, place: int) -> tuple[Sample, bytes] | Skipped:
+    made = make(item)
+    if not isinstance(made, Record):
+        return made
+    image, mask = _image_and_mask(_own[place], made.sample["stored"])
+    image[...], mask[...] = made.image, made.mask
+    return made.sample, made.full_mask

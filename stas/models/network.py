@@ -1,0 +1,115 @@
+"""Networks: images (N, 3, H, W) float32 to foreground logits (N, 1, H, W)."""
+
+import inspect
+from typing import Any, cast
+
+import monai.networks.nets
+import segmentation_models_pytorch as smp
+import torch
+from torch import Tensor, nn
+
+from stas.config import Model
+from stas.errors import UsageError
+from stas.models.weights import TIMM, encoder_arguments, load_encoder_weights
+
+
+def build_network(model: Model, size: tuple[int, int], pretrained: bool) -> nn.Module:
+    """Build the network of a recipe.
+
+    The reference also built an auxiliary classification head that no loss ever reached; it is left out.
+
+    Args:
+        model: the recipe's section.
+        size: (height, width) of its input in pixels, which some architectures have to know.
+        pretrained: load the encoder's weights; False where a checkpoint's follow.
+
+    Raises:
+        UsageError: no such architecture or encoder, options or size that do not fit it, or weights that cannot be had.
+    """
+    return _build_smp(model, size, pretrained) if model.library == "smp" else _build_monai(model, size)
+
+
+def _build_smp(model: Model, size: tuple[int, int], pretrained: bool) -> nn.Module:
+    architectures = {name: value for name, value in vars(smp).items() if hasattr(value, "check_input_shape")}
+    if model.architecture not in architectures:
+        raise UsageError(f"model.architecture = {model.architecture!r}: smp has {', '.join(sorted(architectures))}")
+    architecture = architectures[model.architecture]
+    valid = inspect.signature(architecture).parameters.keys() - {"kwargs"}
+    unknown = model.options.keys() - valid
+    if unknown and not (model.encoder or "").startswith(TIMM):  # smp hands others to timm, or drops them silently
+        raise UsageError(
+            f"model.options: {model.architecture} does not know {', '.join(sorted(unknown))}; valid: {sorted(valid)}"
+        )
+    arguments = encoder_arguments(model) if pretrained else {"encoder_weights": None}
+    try:
+        network = architecture(encoder_name=model.encoder, in_channels=3, classes=1, **arguments, **model.options)
+    except (TypeError, ValueError, AssertionError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
+        raise UsageError(
+            f"{model.architecture} with encoder {model.encoder!r} and options {model.options} cannot be built: {error}"
+        ) from error
+    stride = network.encoder.output_stride if network.requires_divisible_input_shape else 1
+    if any(side % stride for side in size):
+        raise UsageError(
+            f"data.size {size[0]} x {size[1]} does not suit {model.architecture}: make both divisible by {stride}"
+        )
+    if pretrained:
+        load_encoder_weights(network.encoder, model)
+    return network
+
+
+def _build_monai(model: Model, size: tuple[int, int]) -> nn.Module:
+    architecture: Any = getattr(monai.networks.nets, model.architecture, None)
+    parameters = inspect.signature(architecture).parameters if inspect.isclass(architecture) else {}
+    if "out_channels" not in parameters:
+        raise UsageError(
+            f"model.architecture = {model.architecture!r}: monai.networks.nets has no such network with out_channels; "
+            "UNet, UNETR, SwinUNETR and ViTAutoEnc are some that have"
+        )
+    given = {"spatial_dims": 2, "in_channels": 3, "out_channels": 1, "img_size": size}
+    arguments = {key: value for key, value in given.items() if key in parameters} | model.options
+    try:
+        return FirstOutput(cast(nn.Module, architecture(**arguments)))
+    except (TypeError, ValueError, AssertionError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
+        raise UsageError(
+            f"MONAI's {model.architecture} with {arguments} cannot be built: {error}; model.options holds its arguments"
+        ) from error
+
+
+class FirstOutput(nn.Module):
+    """Some of MONAI's networks return hidden states after the prediction; keep the prediction.
+
+    Raises:
+        UsageError: the network gives no picture of one channel in its input's size.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        output = self.network(images)
+        logits = output[0] if isinstance(output, tuple) else output
+        expected = (len(images), 1, *images.shape[-2:])
+        if logits.shape != expected:
+            raise UsageError(
+                f"model.architecture: {type(self.network).__name__} gives {tuple(logits.shape)} for images of "
+                f"{tuple(images.shape)}, segmentation needs {expected}: choose another, such as UNet"
+            )
+        return logits
+
+
+class Compiled(nn.Module):
+    """A network that is compiled for batches of one size; for others, which are rare, that would take minutes again.
+
+    What the compiler cannot do or fails at runs as it is, with its warning.
+    """
+
+    def __init__(self, network: nn.Module, batch: int) -> None:
+        super().__init__()
+        torch._dynamo.config.suppress_errors = True  # pyright: ignore[reportAttributeAccessIssue]
+        self.network = network
+        self._batch = batch
+        self._compiled = torch.compile(network.forward, dynamic=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self._compiled(images) if len(images) == self._batch else self.network(images)

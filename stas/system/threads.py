@@ -1,0 +1,94 @@
+"""Work in threads, and progress bars. Pillow, numpy, hashing and torch let other threads run meanwhile."""
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from stas.system.resources import cores
+
+T = TypeVar("T")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+PREFETCHED = 2  # items made ahead by default
+
+
+def bar(items: Iterable[T], total: int, description: str, show: bool = True) -> Iterable[T]:
+    """Go through `items` with a progress bar, gone when done; no bar unless stderr is a terminal and `show`."""
+    disable = None if show else True  # None asks tqdm to look whether there is a terminal
+    return tqdm(items, description, total, leave=False, disable=disable, dynamic_ncols=True)
+
+
+def in_threads(
+    function: Callable[[Item], Result], items: Sequence[Item], task: str, workers: int | None = None
+) -> list[Result]:
+    """`function` of every item, in order, with a progress bar named `task`.
+
+    Args:
+        function: called once per item.
+        items: the items.
+        task: named by the progress bar.
+        workers: number of threads; by default one for each processor that this process may use.
+    """
+    with ThreadPoolExecutor(workers or cores()) as pool:
+        return list(bar(pool.map(function, items), len(items), task))
+
+
+def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+    """`function` of every item, in order, made in threads at most twice `workers` ahead, which bounds memory."""
+    waiting: deque[Future[Result]] = deque()
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def prefetch(items: Iterator[T], depth: int = PREFETCHED) -> Generator[T, None, None]:
+    """Yield from `items`, made up to `depth` ahead in a thread, which torch and Pillow let run beside the step.
+
+    While the caller has one item, `depth` wait and one more is being made.
+    """
+    ready: queue.Queue[tuple[T | None, BaseException | None, bool]] = queue.Queue(depth)
+    closed = threading.Event()
+
+    def put(value: tuple[T | None, BaseException | None, bool]) -> bool:
+        while not closed.is_set():
+            try:
+                ready.put(value, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def produce() -> None:
+        try:
+            for item in items:
+                if not put((item, None, False)):
+                    return
+            put((None, None, True))
+        except BaseException as error:
+            put((None, error, True))
+
+    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error, end = ready.get()
+            if error is not None:
+                raise error
+            if end:
+                return
+            yield item  # type: ignore[misc]
+    finally:
+        closed.set()
+        thread.join()

@@ -1,0 +1,194 @@
+"""A training run set up: network, optimiser, samples, and where the run stands."""
+
+import logging
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from stas.config import Recipe, Train
+from stas.data.split import split_samples
+from stas.data.store import Store, open_store
+from stas.errors import StoppedEarly, UsageError
+from stas.models.checkpoint import fitting, load_newest, restore_optimizer
+from stas.models.network import Compiled, build_network
+from stas.paths import RunPaths, Workspace
+from stas.recipe import dump_recipe, parse_recipe
+from stas.system import distributed
+from stas.system.distributed import Ranks
+from stas.system.files import write_json, write_text
+from stas.training.loader import SampleCache
+from stas.training.losses import build_loss
+from stas.training.optim import build_optimizer
+
+log = logging.getLogger(__name__)
+COMPILE_WORTH = 600  # seconds left of a time limit below which compiling, which takes minutes, is not begun
+
+
+@dataclass
+class Progress:
+    """Where a run stands. All of it is in the checkpoint."""
+
+    epoch: int = 0  # epochs done
+    step: int = 0  # steps done in the epoch under way
+    images: int = 0  # of all ranks, in the steps that counted of the epoch under way
+    loss_sum: float = 0.0  # over this rank's share of them
+    elapsed: float = 0.0  # seconds over all parts of the run
+    best_loss: float = math.inf
+    best_epoch: int = 0
+    epoch_seconds: float = 0.0  # what the last epoch took
+    bad_steps: int = 0  # steps that were skipped because loss or gradient was not finite
+
+    def ended(self, epochs: int, limit: float) -> bool:
+        """Whether the last epoch is done, or another would outrun the time limit."""
+        return self.epoch >= epochs or self.elapsed + self.epoch_seconds > limit
+
+    def to_json(self) -> dict[str, Any]:
+        """For a checkpoint; every rank must call it, because it holds the loss sums of all."""
+        return asdict(self) | {"loss_sum": distributed.gather(self.loss_sum)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], ranks: Ranks) -> "Progress":
+        """From a checkpoint; with another number of ranks than it was made by, the first takes all of the sum."""
+        sums = values["loss_sum"]
+        mine = sums[ranks.rank] if len(sums) == ranks.size else sum(sums) if ranks.first else 0.0
+        numbers = [*values.values(), *sums]
+        numbers.remove(sums)
+        if not all(type(number) in (int, float) and number >= 0 for number in numbers):
+            raise ValueError(f"progress {values} holds something else than numbers from 0 on")
+        return replace(cls(**values), loss_sum=mine)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What stays the same during a run."""
+
+    recipe: Recipe
+    run: RunPaths
+    ranks: Ranks
+    store: Store
+    pixels: SampleCache
+    training: list[int]  # positions in the store
+    validation: list[int]
+    network: nn.Module
+    parallel: nn.Module  # the network, or its wrapper that averages gradients over the ranks
+    optimizer: Optimizer
+    scaler: torch.amp.GradScaler
+    loss: Callable[[Tensor, Tensor], Tensor]
+
+    def facts(self, progress: Progress) -> dict[str, Any]:
+        """What a checkpoint says beside the tensors; every rank must call it."""
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "run": self.run.root.name,
+            "store": self.store.key,
+            "validation": [self.store.samples[index]["stem"] for index in self.validation],
+            "progress": progress.to_json(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+
+def set_up(
+    recipe: Recipe, workspace: Workspace, paths: RunPaths, ranks: Ranks, limit: float = math.inf
+) -> tuple[Job, Progress]:
+    """Build a run, or take it up from its newest checkpoint; `limit` is the seconds that all its parts may take.
+
+    Raises:
+        UsageError: the run exists with another recipe or store; no store; a batch smaller than the number of ranks.
+    """
+    if recipe.train.batch < ranks.size:
+        raise UsageError(f"train.batch = {recipe.train.batch} images over {ranks.size} ranks: give each at least one")
+    saved = load_newest(paths, set_aside=ranks.first)
+    if len(set(distributed.gather_objects(saved and saved.sha256))) > 1:
+        raise StoppedEarly(f"{paths.root}: not every rank could read the same newest checkpoint; the log says why")
+    with fitting(paths.root):
+        progress = Progress.from_json(saved.facts["progress"], ranks) if saved else Progress()
+        if saved:
+            _check_same_recipe(recipe, parse_recipe(saved.facts["recipe"], str(paths.root)), paths)
+    store = open_store(workspace, recipe.data)
+    if saved and saved.facts.get("store") != store.key:
+        raise UsageError(
+            f"{paths.root} was trained on store {saved.facts.get('store')}, the newest is {store.key}: "
+            "the data changed; begin a new run with --run"
+        )
+    training, validation = split_samples(store.samples, recipe.data.split)
+    torch.manual_seed(recipe.train.seed)
+    network = build_network(recipe.model, recipe.data.size, pretrained=saved is None)
+    if saved:
+        with fitting(paths.root):
+            network.load_state_dict(saved.network)
+    network.to(ranks.device)
+    if recipe.train.channels_last:
+        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    optimizer = build_optimizer(network.parameters(), recipe.optimizer)
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=recipe.train.precision == "fp16")
+    if saved:
+        with fitting(paths.root):
+            restore_optimizer(optimizer, saved.optimizer)
+            scaler.load_state_dict(saved.facts["scaler"])
+        log.info("%s: going on after epoch %d, step %d", paths.root, progress.epoch, progress.step)
+    elif ranks.first:
+        write_text(paths.recipe, dump_recipe(recipe))
+        stems = {
+            part: [store.samples[i]["stem"] for i in part_of]
+            for part, part_of in (("training", training), ("validation", validation))
+        }
+        write_json(paths.split, {"store": store.key} | stems)
+    log.info("%s: %d ranks on %s", paths.root, ranks.size, ranks.device.type)
+    job = Job(
+        recipe=recipe,
+        run=paths,
+        ranks=ranks,
+        store=store,
+        pixels=SampleCache(store, training, ranks.device, recipe.data.size),
+        training=training,
+        validation=validation,
+        network=network,
+        parallel=_parallel(network, recipe.train, ranks, limit - progress.elapsed),
+        optimizer=optimizer,
+        scaler=scaler,
+        loss=build_loss(recipe.loss),
+    )
+    return job, progress
+
+
+def _parallel(network: nn.Module, train: Train, ranks: Ranks, left: float) -> nn.Module:
+    parallel = network
+    if train.compile and left < COMPILE_WORTH:
+        log.warning("train.compile: not compiled, because only %.0f s of the time limit are left", left)
+    elif train.compile:
+        parallel = Compiled(network, batch=ranks.share(train.batch))
+    if ranks.size == 1:
+        return parallel
+    devices = [ranks.device] if ranks.device.type == "cuda" else None
+    with warnings.catch_warnings():  # torch 2.14 renames broadcast_buffers; 2.6 knows only the old name
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(
+            parallel,
+            device_ids=devices,
+            broadcast_buffers=False,  # each rank keeps its own running statistics until validation takes the first's
+            gradient_as_bucket_view=True,
+            static_graph=True,
+        )
+
+
+def _check_same_recipe(recipe: Recipe, saved: Recipe, paths: RunPaths) -> None:
+    """Refuse another recipe; other inference settings, and more epochs at a constant rate, are the same training."""
+    same_rates = recipe.schedule.name == "constant" and not recipe.schedule.warmup
+    changed = [
+        f"{section}.{key}: {old!r} before, {new!r} now"
+        for section in ("data", "model", "loss", "optimizer", "schedule", "augment", "train")
+        for (key, old), (_, new) in zip(getattr(saved, section), getattr(recipe, section), strict=True)
+        if old != new and not (same_rates and (section, key) == ("train", "epochs"))
+    ]
+    if changed:
+        raise UsageError(
+            f"{paths.root} was begun with another recipe:\n  " + "\n  ".join(changed) + "\nGive the run another name "
+            "with --run, or the settings that it was begun with"
+        )

@@ -1,0 +1,39 @@
+"""Loss and Dice on the images held out from training."""
+
+from threading import Event
+
+import torch
+
+from stas.models.predict import Settings, predict_logits, stored_picture
+from stas.results.metrics import confusion, dice
+from stas.system import distributed
+from stas.training.run import Job
+
+
+@torch.no_grad()
+def validate(job: Job, stop: Event) -> tuple[float, float] | None:
+    """Mean over the validation images of loss and of Dice, both at each image's original size.
+
+    Every rank takes its share and no image is counted twice. The reference averaged over batches, so that the images
+    of a short last batch weighed more; here every image weighs the same. Dice is 1 where both masks are empty.
+
+    Returns None as soon as `stop` is set on any rank, which is checked before each image.
+    """
+    distributed.copy_from_first(job.network)
+    job.network.eval()
+    settings = Settings.of(job.recipe, tta=False)
+    losses = scores = 0.0
+    share = job.validation[job.ranks.rank :: job.ranks.size]
+    # Shares differ by one image at most. Every rank makes the same number of rounds, so that all agree in each.
+    for turn in range(job.ranks.share(len(job.validation))):
+        if distributed.any_of(stop.is_set())[0]:
+            return None
+        if turn == len(share):
+            continue
+        logits = predict_logits(job.network, stored_picture(job.store, share[turn]), settings)
+        truth = job.store.full_mask(share[turn])
+        target = torch.from_numpy(truth).to(logits.device)
+        losses += job.loss(logits[None, None], target[None, None]).item()
+        scores += float(dice(confusion((logits > 0).cpu().numpy(), truth)))
+    total_loss, total_dice, count = distributed.sum_over_ranks([losses, scores, len(share)])
+    return total_loss / count, total_dice / count

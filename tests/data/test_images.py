@@ -1,0 +1,168 @@
+import io
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stas.data.images import grey_size, image_size, list_images, read_grey, read_image, write_mask, write_probability
+from stas.errors import InputDataError
+
+GREY = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
+RED = (200, 10, 30)
+
+
+def save(path, image: Image.Image, **options):
+    image.save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path, orientation):
+    """A picture that is red at its top left as one looks at it, stored in each of the eight ways."""
+    upright = np.zeros((20, 30, 3), np.uint8)
+    upright[:10, :15] = 255
+    undo = {
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.swapaxes(0, 1),
+        6: lambda a: np.rot90(a, 1),
+        7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+        8: lambda a: np.rot90(a, -1),
+    }
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = np.ascontiguousarray(undo[orientation](upright))
+    path = save(tmp_path / "a.jpg", Image.fromarray(stored), exif=exif, quality=95)
+    image = read_image(path)
+    assert image.shape == (20, 30, 3) == (*image_size(path), 3)
+    assert np.abs(image.astype(int) - upright).max() < 60  # JPEG
+    assert np.array_equal(read_image(path.read_bytes()), image)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK", "RGB", "RGBA", "LA", "YCbCr"])
+def test_every_8_bit_mode_becomes_rgb(tmp_path, mode):
+    source = Image.new("RGB", (4, 3), RED)
+    path = tmp_path / ("a.tif" if mode in ("CMYK", "YCbCr") else "a.png")
+    image = read_image(save(path, source.convert(mode)))
+    assert (image.shape, image.dtype) == ((3, 4, 3), np.uint8)
+    if mode in ("RGB", "RGBA", "P", "CMYK", "YCbCr"):
+        assert np.abs(image.astype(int) - RED).max() <= (60 if mode == "P" else 3)
+    else:
+        assert (image[..., :1] == image).all()
+
+
+def test_transparency_is_dropped(tmp_path):
+    path = save(tmp_path / "a.png", Image.new("RGBA", (4, 3), (*RED, 0)))
+    assert (read_image(path) == RED).all()
+
+
+@pytest.mark.parametrize(("dtype", "mode"), [(np.uint16, "I;16"), (np.float32, "F"), (np.int32, "I")])
+def test_deeper_images_are_refused_by_mode(tmp_path, dtype, mode):
+    path = save(tmp_path / "a.tif", Image.fromarray(np.ones((3, 4), dtype)))
+    with pytest.raises(InputDataError, match=rf"a.tif: image mode {mode} is not 8-bit"):
+        read_image(path)
+
+
+def test_damaged_images_are_refused(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    path = save(tmp_path / "a.jpg", Image.fromarray(noise))
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(InputDataError, match=r"a.jpg: not readable as an image .*truncated"):
+        read_image(path)
+    with pytest.raises(InputDataError, match="embedded image: not readable"):
+        read_image(b"no image")
+    with pytest.raises(InputDataError, match=r"gone.jpg: not readable"):
+        read_image(tmp_path / "gone.jpg")
+
+
+def test_a_bomb_is_refused_before_it_is_decoded():
+    header = io.BytesIO()
+    Image.new("1", (1, 1)).save(header, "PNG")
+    data = bytearray(header.getvalue())
+    data[16:24] = (40_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    with pytest.raises(InputDataError, match="40000 x 40000 pixels, more than"):
+        read_image(bytes(data))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_grey_is_read_from_any_mode(tmp_path, mode):
+    values = read_grey(save(tmp_path / "a.png", Image.fromarray(GREY).convert(mode)))
+    assert np.array_equal(values, GREY)
+
+
+def test_grey_of_1_and_16_bits(tmp_path):
+    bits = read_grey(save(tmp_path / "a.png", Image.fromarray(GREY > 100)))
+    assert np.array_equal(bits, (GREY > 100) * 255)
+    deep = GREY.astype(np.uint16) * 257
+    values = read_grey(save(tmp_path / "b.png", Image.fromarray(deep)))
+    assert np.array_equal(values, deep)
+    assert values.dtype == np.uint16
+
+
+def test_mask_is_written_as_8_bit_grey_with_0_and_255(tmp_path):
+    write_mask(tmp_path / "out" / "a.png", GREY > 100)
+    with Image.open(tmp_path / "out" / "a.png") as image:
+        assert (image.mode, image.format) == ("L", "PNG")
+        assert np.array_equal(np.asarray(image), (GREY > 100) * 255)
+
+
+def test_probability_keeps_its_side_of_one_half(tmp_path):
+    half = np.float32(0.5)
+    values = np.array([[0, 1, half, np.nextafter(half, half + 1), np.nextafter(half, half - 1), 0.25]], np.float32)
+    write_probability(tmp_path / "a.png", values)
+    stored = read_grey(tmp_path / "a.png")
+    assert stored[0, :2].tolist() == [0, 65535]
+    assert np.array_equal(stored > 32767, values > 0.5)
+    assert np.abs(stored / 65535 - values).max() < 1e-5
+
+
+def test_images_are_listed_by_stem(tmp_path):
+    for name in ("b.JPG", "a.png", ".hidden.png", "notes.txt"):
+        (tmp_path / name).touch()
+    assert {stem: path.name for stem, path in list_images(tmp_path).items()} == {"a": "a.png", "b": "b.JPG"}
+    (tmp_path / "a.jpg").touch()
+    with pytest.raises(InputDataError, match=r"a.jpg and a.png share the stem 'a'"):
+        list_images(tmp_path)
+
+
+def test_no_images_is_an_error(tmp_path):
+    with pytest.raises(InputDataError, match="no image in it"):
+        list_images(tmp_path)
+    with pytest.raises(InputDataError, match="not a directory"):
+        list_images(tmp_path / "gone")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("a.jpg", "A.png"), ("e\u0301.png", "\u00e9.png"), ("stra\u00dfe.png", "STRASSE.png")]
+)
+def test_stems_that_are_one_name_elsewhere_are_refused(tmp_path, one, other):
+    for name in (one, other):
+        (tmp_path / name).touch()
+    with pytest.raises(
+        InputDataError, match="but for case or the form of accents, which names their masks: rename one"
+    ):
+        list_images(tmp_path)
+
+
+def test_a_stem_too_long_for_its_mask_is_refused(tmp_path):
+    (tmp_path / ("\u00e9" * 76 + ".png")).touch()
+    with pytest.raises(InputDataError, match="a stem of 152 bytes, more than 150: rename it"):
+        list_images(tmp_path)
+
+
+def test_a_tiff_that_lies_on_its_side_has_one_size(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = save(tmp_path / "a.tif", Image.new("RGB", (30, 20)), exif=exif)
+    assert read_image(path).shape == (*image_size(path), 3) == (30, 20, 3)
+
+
+def test_a_mask_is_a_png_whatever_its_name(tmp_path):
+    Image.fromarray(GREY).save(tmp_path / "a.png", "TIFF")
+    for read in (read_grey, grey_size):
+        with pytest.raises(InputDataError, match="not readable as an image"):
+            read(tmp_path / "a.png")

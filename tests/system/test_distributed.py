@@ -1,0 +1,56 @@
+"""What ranks say to each other, alone and as two real processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stas.system import distributed
+from tests.support.launch import PATIENCE, QUIET
+
+TWO_RANKS = """
+import json, sys, torch
+from stas.system import distributed
+with distributed.join_ranks() as ranks:
+    norm = torch.nn.BatchNorm1d(2)
+    norm.running_mean.fill_(ranks.rank + 5.0)
+    distributed.copy_from_first(norm)
+    said = {
+        "rank": ranks.rank, "size": ranks.size, "first": ranks.first, "device": ranks.device.type,
+        "sum": distributed.sum_over_ranks([ranks.rank + 1.0, 10.0]),
+        "second stops": distributed.any_of(ranks.rank == 1)[0],
+        "none stops": distributed.any_of(False)[0],
+        "gathered": [distributed.gather(ranks.rank + 0.5), distributed.gather_objects("ab"[ranks.rank])],
+        "mean": norm.running_mean.tolist(),
+    }
+    open(f"{sys.argv[1]}/{ranks.rank}.json", "w").write(json.dumps(said))
+"""
+
+
+def test_one_process_is_the_only_rank():
+    with distributed.join_ranks() as ranks:
+        assert (ranks.rank, ranks.size, ranks.first) == (0, 1, True)
+        assert distributed.sum_over_ranks([1.5, 2.0]) == [1.5, 2.0]
+        assert distributed.any_of(True, False) == [True, False]
+        assert distributed.gather(2.5) == [2.5] and distributed.gather_objects("a") == ["a"]
+        distributed.barrier()
+
+
+@pytest.mark.slow
+def test_two_ranks_agree(tmp_path: Path):
+    script = tmp_path / "ranks.py"
+    script.write_text(TWO_RANKS)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | QUIET | {"PYTHONPATH": str(Path.cwd())}
+    subprocess.run([*torchrun, script, tmp_path], env=environment, check=True, timeout=PATIENCE)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert (first["rank"], first["first"], second["rank"], second["first"]) == (0, True, 1, False)
+    for said in (first, second):
+        assert said["size"] == 2 and said["device"] == "cpu"
+        assert said["gathered"] == [[0.5, 1.5], ["a", "b"]]
+        assert said["sum"] == [3.0, 20.0]
+        assert said["second stops"] and not said["none stops"]
+        assert said["mean"] == [5.0, 5.0], "the first rank's statistics"

@@ -1,0 +1,165 @@
+"""The protocol by which directories are published, and whom it refuses to overwrite."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from stas.errors import InputDataError, UsageError
+from stas.system import publish
+from stas.system.publish import Output, building, check_replaceable, is_finished, named, read_manifest, write_manifest
+
+
+def made(directory: Path, key: str = "old", files: str = "a", kind: publish.Kind = "vote") -> Output:
+    """A small finished directory."""
+    output = Output(directory, kind, {"from": key})
+    with building(output) as partial:
+        assert partial
+        for name in files:
+            (partial / f"{name}.png").write_text(key)
+        write_manifest(partial, output)
+    return output
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_finished_needs_the_same_key_and_every_file_in_its_size(tmp_path: Path):
+    output = made(tmp_path / "set", files="ab")
+    assert is_finished(output)
+    assert not is_finished(Output(output.directory, "vote", {"from": "new"}))
+    assert not is_finished(Output(output.directory, "evaluation", output.key))
+    (output.directory / "b.png").write_text("longer")
+    assert not is_finished(output)
+    (output.directory / "b.png").unlink()
+    assert not is_finished(output)
+
+
+def test_finished_compares_keys_as_json_keeps_them(tmp_path: Path):
+    output = Output(tmp_path, "vote", {"size": (2, 3)})
+    write_manifest(tmp_path, output)
+    assert is_finished(output)
+
+
+def test_a_result_to_be_made_again_is_not_finished(tmp_path: Path):
+    output = Output(tmp_path, "vote", {"size": 1})
+    write_manifest(tmp_path, output, finished=False, note="an image was missing")
+    assert not is_finished(output)
+    assert read_manifest(tmp_path, "vote")["note"] == "an image was missing"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"key": {}}', "null", '{"format": 2, "files": [], "key": {}}'])
+def test_a_damaged_manifest_is_not_finished(tmp_path: Path, text: str):
+    (tmp_path / "manifest.json").write_text(text)
+    assert not is_finished(Output(tmp_path, "vote", {}))
+    with pytest.raises(InputDataError):
+        read_manifest(tmp_path, "vote")
+
+
+def test_a_newer_result_replaces_the_older_and_leaves_nothing_else(tmp_path: Path):
+    made(tmp_path / "set", "old", "ab")
+    output = made(tmp_path / "set", "new", "c")
+    assert is_finished(output)
+    assert names(tmp_path / "set") == ["c.png", "manifest.json"] and names(tmp_path) == ["set"]
+
+
+def test_the_same_again_is_not_built(tmp_path: Path):
+    output = made(tmp_path / "set")
+    with building(output) as partial:
+        assert partial is None
+
+
+def refused(directory: Path, kind: publish.Kind, why: str) -> None:
+    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    with pytest.raises(UsageError, match=why), building(Output(directory, kind, {"from": "new"})):
+        pytest.fail("the block must not run")
+    assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
+
+
+def test_what_is_not_ours_is_never_replaced(tmp_path: Path):
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    refused(precious, "vote", "not known to be a vote made by stas")
+    (precious / "manifest.json").write_text('{"name": "a web extension", "key": {}, "images": {}}')
+    refused(precious, "vote", "not known to be a vote made by stas")
+
+
+@pytest.mark.parametrize("kind", ["prediction set", "store", "evaluation"])
+def test_a_directory_of_another_kind_is_never_replaced(tmp_path: Path, kind: publish.Kind):
+    made(tmp_path / "set", kind=kind)
+    refused(tmp_path / "set", "vote", f"a '{kind}', not a vote")
+
+
+def test_files_added_or_changed_since_keep_a_directory_from_being_replaced(tmp_path: Path):
+    output = made(tmp_path / "set", files="ab")
+    (output.directory / "notes").mkdir()
+    (output.directory / "notes" / "mine.txt").write_text("mine")
+    refused(output.directory, "vote", r"added or changed since it was made \(notes/mine\.txt\)")
+    (output.directory / "notes" / "mine.txt").unlink()
+    (output.directory / "b.png").write_text("corrected by hand")
+    refused(output.directory, "vote", r"added or changed since it was made \(b\.png\)")
+
+
+def test_a_missing_file_and_a_file_browsers_droppings_do_not_matter(tmp_path: Path):
+    output = made(tmp_path / "set", files="ab")
+    (output.directory / "b.png").unlink()
+    (output.directory / ".DS_Store").write_text("")
+    assert is_finished(made(tmp_path / "set", "new"))
+
+
+def test_a_file_or_a_link_in_its_place_is_refused(tmp_path: Path):
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    for name in ("file", "link"):
+        with pytest.raises(UsageError, match="not a directory of stas's own"):
+            check_replaceable(tmp_path / name, "vote")
+
+
+def test_a_failed_build_leaves_the_older_result(tmp_path: Path):
+    old = made(tmp_path / "set")
+    with pytest.raises(ZeroDivisionError), building(Output(tmp_path / "set", "vote", {"from": "new"})) as partial:
+        assert partial
+        (partial / "a.png").write_text("half")
+        raise ZeroDivisionError
+    assert is_finished(old) and names(tmp_path) == ["set"]
+
+
+def test_a_kept_partial_is_resumed_by_the_same_key_only(tmp_path: Path):
+    one, other = (Output(tmp_path / "set", "vote", {"from": key}) for key in ("one", "other"))
+    with pytest.raises(ZeroDivisionError), building(one, keep=True) as partial:
+        assert partial
+        (partial / "a.png").write_text("one")
+        (partial / ".b.png.0123456789ab.tmp").write_text("half written")
+        raise ZeroDivisionError
+    with building(one, keep=True) as partial:
+        assert partial and names(partial) == ["a.png"]
+        write_manifest(partial, one)
+    assert names(tmp_path) == ["set"]
+    with pytest.raises(ZeroDivisionError), building(one := Output(one.directory, "vote", "again"), keep=True):
+        raise ZeroDivisionError
+    with building(other, keep=True) as partial:
+        assert partial and names(partial) == []
+        write_manifest(partial, other)
+    assert names(tmp_path) == ["set"], "what the other key left is removed"
+
+
+def test_a_directory_lost_between_two_renames_is_brought_back(tmp_path: Path):
+    """As on NFS, where two names cannot be swapped at once, and the process was killed between the renames."""
+    output = made(tmp_path / "set")
+    output.directory.rename(tmp_path / ".set.0123456789ab.old")
+    with building(output) as partial:
+        assert partial is None
+    assert is_finished(output) and names(tmp_path) == ["set"]
+
+
+def test_the_manifest_lists_every_file_with_its_size(tmp_path: Path):
+    output = made(tmp_path / "set", files="ab")
+    content = json.loads((output.directory / "manifest.json").read_text())
+    assert content == {"format": 2, "kind": "vote", "key": {"from": "old"}, "files": {"a.png": 3, "b.png": 3}}
+
+
+def test_only_ten_cases_are_named():
+    assert named("abc") == "a, b, c"
+    assert named("abcdefghijkl") == "a, b, c, d, e, f, g, h, i, j and 2 more"
