@@ -279,7 +279,7 @@ def precision(wanted: str, capabilities: list[tuple[int, int]]) -> Finding:
 
 
 def communication(gpus: int) -> Iterator[Finding]:
-    """NCCL for tensors on GPUs and gloo for small facts on the CPU, through which several processes train as one."""
+    """NCCL for tensors on GPUs and gloo for small metadata on the CPU, through which several processes train as one."""
     import torch.distributed as dist
     from torch.cuda import nccl
 

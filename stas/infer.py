@@ -22,9 +22,9 @@ from stas.data.images import (
 )
 from stas.errors import InputDataError, StoppedEarly, UsageError
 from stas.models.checkpoint import Checkpoint, fitting, load_checkpoint
-from stas.models.network import build_network
+from stas.models.network import build_network, place
 from stas.models.predict import Picture, Settings, predict_logits, shrink
-from stas.paths import Workspace, prediction, probability
+from stas.paths import Workspace, mask_file, probability_file
 from stas.recipe import parse_recipe
 from stas.system import distributed
 from stas.system.distributed import Ranks
@@ -77,29 +77,29 @@ def infer(
     loaded = load_checkpoint(path)
     files = list_images(images)
     with fitting(path):
-        recipe = parse_recipe(loaded.facts["recipe"], str(path))
+        recipe = parse_recipe(loaded.metadata["recipe"], str(path))
         if held_out:
-            files = _held_out(files, loaded.facts["validation"], images)
+            files = _held_out(files, loaded.metadata["validation"], images)
     options = {
         "tta": recipe.infer.tta if tta is None else tta,
         "threshold": recipe.infer.threshold if threshold is None else threshold,
         "probabilities": probabilities,
     }
     with distributed.join_ranks() as ranks:
-        key = distributed.from_first(_key(run, loaded, options, files) if ranks.first else {})
+        key = distributed.broadcast(_key(run, loaded, options, files) if ranks.first else {})
         if key["checkpoint"] != loaded.sha256:
             raise StoppedEarly(f"{path} was replaced while the ranks read it; the same command goes on")
         output = Output(out, "prediction set", key)
         _check_same_images(output)
         with distributed.entered_by_first(ranks, building(output, PATIENCE, keep=True)) as mine:
-            partial = distributed.from_first(mine)
+            partial = distributed.broadcast(mine)
             if partial is None:
                 log.info("%s: the masks of %d images are there; nothing to do", out, len(files))
                 return out
             _predict_share(loaded, recipe, files, partial, options, ranks)
             distributed.barrier()
             if mine:
-                sizes = {stem: grey_size(prediction(partial, stem)) for stem in files}
+                sizes = {stem: grey_size(mask_file(partial, stem)) for stem in files}
                 listed = {stem: {"height": height, "width": width} for stem, (height, width) in sizes.items()}
                 write_manifest(partial, output, label=recipe.data.label, images=listed, probabilities=probabilities)
         log.info("%s: masks of %d images", out, len(files))
@@ -142,10 +142,7 @@ def _network(loaded: Checkpoint, recipe: Recipe, device: torch.device) -> nn.Mod
     network = build_network(recipe.model, recipe.data.size, pretrained=False)
     with fitting(recipe.name):
         network.load_state_dict(loaded.network)
-    network.to(device).eval()
-    if recipe.train.channels_last:
-        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    return network
+    return place(network, device, recipe.train.channels_last).eval()
 
 
 def _read(file: Path, data: Data) -> Picture:
@@ -157,16 +154,16 @@ def _write(partial: Path, stem: str, logits: Tensor, threshold: float, with_prob
     """Write one image's mask from its logits, (height, width). Runs in a thread beside the next image's pass."""
     probabilities = torch.sigmoid(logits)
     if with_probability:  # first, because the mask is the sign that an image is done
-        write_probability(probability(partial, stem), probabilities.cpu().numpy(), synced=False)
-    write_mask(prediction(partial, stem), (probabilities > threshold).cpu().numpy(), synced=False)
+        write_probability(probability_file(partial, stem), probabilities.cpu().numpy(), synced=False)
+    write_mask(mask_file(partial, stem), (probabilities > threshold).cpu().numpy(), synced=False)
 
 
 def _is_done(partial: Path, stem: str, with_probability: bool) -> bool:
     """Whether an image's files are there and whole: after a power cut they may be there and empty."""
     try:
-        read_grey(prediction(partial, stem))
+        read_grey(mask_file(partial, stem))
         if with_probability:
-            read_grey(probability(partial, stem))
+            read_grey(probability_file(partial, stem))
     except InputDataError:
         return False
     return True

@@ -53,7 +53,7 @@ def launch(
             torchrun compares names and addresses, which a cluster's DNS may not know yet.
 
     Returns:
-        The stage's exit code: the gravest of its ranks'.
+        The stage's exit code: the worst_exit_code of its ranks'.
 
     Raises:
         StoppedEarly: SIGTERM or SIGUSR1 came before the stage could handle it.
@@ -77,7 +77,7 @@ def launch(
     return _torchrun(["--nnodes", str(nodes), "--nproc-per-node", str(count), *place], stage, count)
 
 
-def gravest(codes: Sequence[int | None], stopped: bool) -> int:
+def worst_exit_code(codes: Sequence[int | None], stopped: bool) -> int:
     """One exit code for all ranks.
 
     Args:
@@ -123,7 +123,7 @@ def _torchrun(options: list[str], stage: Sequence[str], count: int) -> int:
             over.set()
             watch.join()
         said: list[int | None] = [int(code) for path in Path(directory).iterdir() if (code := path.read_text())]
-    return gravest(said + [None] * (count - len(said)), stopped)
+    return worst_exit_code(said + [None] * (count - len(said)), stopped)
 
 
 def _end_with_the_dead(status: Path, over: Event) -> None:

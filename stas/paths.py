@@ -78,12 +78,12 @@ class RunPaths:
         return self.root / "checkpoints" / f"{which}.safetensors"
 
 
-def manifest(directory: Path) -> Path:
+def manifest_file(directory: Path) -> Path:
     """The manifest of a store or of a set of predictions."""
     return directory / "manifest.json"
 
 
-def lock(protected: Path) -> Path:
+def lock_file(protected: Path) -> Path:
     """The lock of a run, a set of predictions, or whatever else one process at a time may change."""
     return protected.with_name(f".{protected.name}.lock")
 
@@ -93,12 +93,12 @@ def store_data(store: Path) -> Path:
     return store / "data.mdb"
 
 
-def prediction(directory: Path, stem: str) -> Path:
+def mask_file(directory: Path, stem: str) -> Path:
     """One image's mask: 8-bit L, 0 or 255, the image's own size."""
     return directory / f"{stem}.png"
 
 
-def probability(directory: Path, stem: str) -> Path:
+def probability_file(directory: Path, stem: str) -> Path:
     """One image's foreground probability: 16-bit, 0 to 65535."""
     return directory / "probabilities" / f"{stem}.png"
 

@@ -22,8 +22,7 @@ from stas.data.store_spec import StoreSpec, store_spec
 from stas.data.store_writer import Record, Source, StoreWriter, build_store, make_record
 from stas.data.workers import records
 from stas.errors import InputDataError, UsageError
-from stas.paths import Workspace, prediction
-from stas.paths import lock as lock_of
+from stas.paths import Workspace, lock_file, mask_file
 from stas.system.files import remove_leftovers
 from stas.system.locks import lock
 from stas.system.resources import cores
@@ -210,10 +209,10 @@ def _check_label(annotations: Sequence[Path], label: str) -> None:
 def _write_masks(store: Store, directory: Path) -> None:
     """Write each sample's mask as PNG, except where the file has the same pixels."""
     written = 0
-    with lock(lock_of(directory / "masks")):  # inside, because the directory may be all that can be written
+    with lock(lock_file(directory / "masks")):  # inside, because the directory may be all that can be written
         remove_leftovers(directory, ".*.png.*.tmp")
         for index, sample in enumerate(bar(store.samples, len(store), "masks")):
-            mask, path = store.full_mask(index), prediction(directory, sample["stem"])
+            mask, path = store.full_mask(index), mask_file(directory, sample["stem"])
             if not _holds(path, mask):
                 write_mask(path, mask)
                 written += 1

@@ -18,12 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stas import paths as files_of
 from stas.config import Recipe
 from stas.errors import StoppedEarly, TrainingError
-from stas.models.checkpoint import CheckpointWriter, clear_up, take_snapshot
+from stas.models.checkpoint import CheckpointWriter, remove_leftovers, take_snapshot
 from stas.models.predict import autocast
-from stas.paths import Workspace
+from stas.paths import Workspace, lock_file
 from stas.system import distributed
 from stas.system.files import append_json_line
 from stas.system.locks import PATIENCE, lock
@@ -33,7 +32,7 @@ from stas.training.curves import draw_curves
 from stas.training.loader import Batch, epoch_batches, steps_per_epoch
 from stas.training.metrics_log import MetricsLog, epoch_line, time_left
 from stas.training.optim import rate_factor, set_learning_rate
-from stas.training.run import Job, Progress, set_up
+from stas.training.run import TrainingRun, TrainState, set_up
 from stas.training.transforms import prepare
 from stas.training.validate import validate
 
@@ -70,7 +69,7 @@ class Clock:
 def train(
     recipe: Recipe,
     workspace: Workspace,
-    run: str | None = None,
+    name: str | None = None,
     time_limit: float | None = None,
     checkpoint_every: float = 600,
 ) -> None:
@@ -79,7 +78,7 @@ def train(
     Args:
         recipe: what to train.
         workspace: where its store is and the run's files go.
-        run: name of the run; the recipe's where None.
+        name: of the run; the recipe's where None.
         time_limit: seconds that the run may take over all its parts; it ends well when they are spent.
         checkpoint_every: seconds after which a checkpoint is written within an epoch; each epoch's end writes one.
 
@@ -89,117 +88,117 @@ def train(
         TrainingError: the loss is not finite, or the GPU's memory does not suffice.
         UsageError: the run exists with another recipe; no store; a batch smaller than the number of ranks.
     """
-    paths = workspace.run(run or recipe.name)
+    paths = workspace.run(name or recipe.name)
     with (
         distributed.join_ranks() as ranks,
-        distributed.entered_by_first(ranks, lock(files_of.lock(paths.root), PATIENCE)) as held,
+        distributed.entered_by_first(ranks, lock(lock_file(paths.root), PATIENCE)) as held,
         _stop_signal() as stop,
         ExitStack() as files,
     ):
         if held:
-            clear_up(paths)
+            remove_leftovers(paths)
         distributed.barrier()  # nobody reads a checkpoint that is just being renamed
         epochs, limit = recipe.train.epochs, math.inf if time_limit is None else time_limit
-        job, progress = set_up(recipe, workspace, paths, ranks, limit)
-        if progress.ended(epochs, limit):
-            log.info("%s: %d of %d epochs are done; nothing to do", paths.root, progress.epoch, epochs)
+        run, state = set_up(recipe, workspace, paths, ranks, limit)
+        if state.ended(epochs, limit):
+            log.info("%s: %d of %d epochs are done; nothing to do", paths.root, state.epoch, epochs)
             return
         metrics = None
         if ranks.first:
-            metrics = files.enter_context(MetricsLog(paths.metrics, paths.tensorboard, progress.epoch))
-        clock = Clock(progress.elapsed, limit, checkpoint_every)
+            metrics = files.enter_context(MetricsLog(paths.metrics, paths.tensorboard, state.epoch))
+        clock = Clock(state.elapsed, limit, checkpoint_every)
         writer = files.enter_context(CheckpointWriter(paths, held))
-        while not distributed.any_of(progress.ended(epochs, limit))[0]:
-            with _memory_explained(job):
-                train_loss, images = _train_epoch(job, progress, stop, clock, writer)
-                scores = validate(job, stop)
+        while not distributed.any_rank(state.ended(epochs, limit))[0]:
+            with _memory_explained(run):
+                train_loss, images = _train_epoch(run, state, stop, clock, writer)
+                scores = validate(run, stop)
             if scores is None:
-                _stop_early(job, progress, clock, writer)
+                _stop_early(run, state, clock, writer)
             val_loss, val_dice = scores
-            _end_epoch(job, progress, clock, val_loss)
-            best = progress.best_epoch == progress.epoch
+            _end_epoch(run, state, clock, val_loss)
+            best = state.best_epoch == state.epoch
             record = {
-                "epoch": progress.epoch,
+                "epoch": state.epoch,
                 "train_loss": train_loss,
                 "val_loss": val_loss,
                 "val_dice": val_dice,
-                "lr": job.optimizer.param_groups[0]["lr"],
-                "images_per_second": images / progress.epoch_seconds,
-                "seconds": progress.epoch_seconds,
-                "elapsed": progress.elapsed,
+                "lr": run.optimizer.param_groups[0]["lr"],
+                "images_per_second": images / state.epoch_seconds,
+                "seconds": state.epoch_seconds,
+                "elapsed": state.elapsed,
                 "best": best,
             }
             if metrics:  # before the checkpoint: going on from an older one cuts the line off again
                 metrics.append(record | usage())
-                if clock.picture_due() or progress.ended(epochs, limit):
+                if clock.picture_due() or state.ended(epochs, limit):
                     draw_curves(metrics.records, paths.curves, title=paths.root.name)
                 log.info("%s", epoch_line(record, epochs, time_left(metrics.records, epochs)))
-            _save(job, progress, clock, writer, best)
+            _save(run, state, clock, writer, best)
         _finish_writing(writer)
-        if progress.epoch < epochs:
-            log.warning("%s: the time limit ends the run after %d of %d epochs", paths.root, progress.epoch, epochs)
-        log.info("%s: best epoch %d, validation loss %.4f", paths.root, progress.best_epoch, progress.best_loss)
+        if state.epoch < epochs:
+            log.warning("%s: the time limit ends the run after %d of %d epochs", paths.root, state.epoch, epochs)
+        log.info("%s: best epoch %d, validation loss %.4f", paths.root, state.best_epoch, state.best_loss)
 
 
 def _train_epoch(
-    job: Job, progress: Progress, stop: Event, clock: Clock, writer: CheckpointWriter
+    run: TrainingRun, state: TrainState, stop: Event, clock: Clock, writer: CheckpointWriter
 ) -> tuple[float, int]:
     """Run the epoch's remaining steps; return the mean loss over its images and the number of images seen now."""
-    recipe, ranks = job.recipe, job.ranks
-    steps = steps_per_epoch(len(job.training), recipe.train.batch)
+    recipe, ranks = run.recipe, run.ranks
+    steps = steps_per_epoch(len(run.training), recipe.train.batch)
     batches = epoch_batches(
-        job.pixels,
-        job.training,
+        run.cache,
+        run.training,
         recipe.train,
         recipe.augment,
-        progress.epoch,
+        state.epoch,
         ranks.rank,
         ranks.size,
-        first=progress.step,
+        first=state.step,
     )
     seen = 0
-    job.parallel.train()
-    for batch in bar(prefetch(batches), steps - progress.step, f"epoch {progress.epoch + 1}", show=ranks.first):
-        stopping, due, spent = train_step(job, progress, batch.to(ranks.device), steps, stop, clock)
+    run.parallel.train()
+    for batch in bar(prefetch(batches), steps - state.step, f"epoch {state.epoch + 1}", show=ranks.first):
+        stopping, due, spent = train_step(run, state, batch.to(ranks.device), steps, stop, clock)
         seen += batch.total
         if stopping:
-            _stop_early(job, progress, clock, writer)
+            _stop_early(run, state, clock, writer)
         if spent:
             break
         if due:
-            _save(job, progress, clock, writer)
-    total = distributed.sum_over_ranks([progress.loss_sum])[0]
-    return total / progress.images if progress.images else math.nan, seen
+            _save(run, state, clock, writer)
+    total = distributed.sum_over_ranks([state.loss_sum])[0]
+    return total / state.images if state.images else math.nan, seen
 
 
 def train_step(
-    job: Job, progress: Progress, batch: Batch, steps: int, stop: Event, clock: Clock
+    run: TrainingRun, state: TrainState, batch: Batch, steps: int, stop: Event, clock: Clock
 ) -> tuple[bool, bool, bool]:
     """Take one of the epoch's `steps`; return whether to stop, whether a checkpoint is due, whether time is spent."""
-    recipe, ranks = job.recipe, job.ranks
-    step = progress.epoch * steps + progress.step
+    recipe, ranks = run.recipe, run.ranks
+    step = state.epoch * steps + state.step
     rate = rate_factor(recipe.schedule, step, steps * recipe.train.epochs)
-    set_learning_rate(job.optimizer, recipe.optimizer.lr * rate)
+    set_learning_rate(run.optimizer, recipe.optimizer.lr * rate)
     _seed_step(recipe.train.seed, step, ranks.rank)
     # A network that has seen NaN keeps it in the running statistics of its normalisations.
-    buffers = [buffer.clone() for buffer in job.network.buffers()] if recipe.train.max_bad_steps else []
+    buffers = [buffer.clone() for buffer in run.network.buffers()] if recipe.train.max_bad_steps else []
     images, masks = prepare(batch, recipe.data, recipe.augment, recipe.train.channels_last)
 
-    job.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad(set_to_none=True)
     with autocast(ranks.device, recipe.train.precision):
-        logits = job.parallel(images)
-    per_image = job.loss(logits, masks) * batch.weights
+        logits = run.parallel(images)
+    per_image = run.loss(logits, masks) * batch.weights
     # DDP divides gradients by the number of ranks, which leaves the mean over the global batch.
     loss = per_image.sum() * ranks.size / batch.total
-    job.scaler.scale(loss).backward()
+    run.scaler.scale(loss).backward()
 
     checked: list[Tensor] = [per_image.detach().sum()]
-    if not job.scaler.is_enabled():  # fp16's scaler checks gradients itself, and lowers its scale
-        gradients = [value.grad for value in job.network.parameters() if value.grad is not None]
+    if not run.scaler.is_enabled():  # fp16's scaler checks gradients itself, and lowers its scale
+        gradients = [value.grad for value in run.network.parameters() if value.grad is not None]
         checked.append(torch.nn.utils.get_total_norm(gradients))
     finite = bool(torch.stack([value.float() for value in checked]).isfinite().all())
     # All ranks must agree, or some would wait in the next step for those that stopped.
-    bad, stopping, due, spent = distributed.any_of(
+    bad, stopping, due, spent = distributed.any_rank(
         not finite,
         stop.is_set(),
         ranks.first and clock.checkpoint_due(),
@@ -207,75 +206,73 @@ def train_step(
     )
 
     if bad:
-        _skip(job, progress, batch, buffers)
+        _skip(run, state, batch, buffers)
     else:
-        job.scaler.step(job.optimizer)
-        job.scaler.update()
-        _check_scale(job)
-        progress.loss_sum += checked[0].item()
-        progress.images += batch.total
-    progress.step += 1
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        _check_scale(run)
+        state.loss_sum += checked[0].item()
+        state.images += batch.total
+    state.step += 1
     return stopping, due, spent
 
 
-def _skip(job: Job, progress: Progress, batch: Batch, buffers: list[Tensor]) -> None:
+def _skip(run: TrainingRun, state: TrainState, batch: Batch, buffers: list[Tensor]) -> None:
     """Leave out a step whose loss or gradient is not finite; give up when the recipe's number of them is exceeded."""
-    progress.bad_steps += 1
+    state.bad_steps += 1
     samples = sorted({stem for stems in distributed.gather_objects(batch.stems) for stem in stems})
-    where = f"{job.run.root}: loss or gradient is not finite in epoch {progress.epoch + 1}, step {progress.step + 1}"
-    if job.ranks.first:
-        append_json_line(
-            job.run.bad_steps, {"epoch": progress.epoch + 1, "step": progress.step + 1, "samples": samples}
-        )
-    allowed = job.recipe.train.max_bad_steps
-    if progress.bad_steps > allowed:
+    where = f"{run.paths.root}: loss or gradient is not finite in epoch {state.epoch + 1}, step {state.step + 1}"
+    if run.ranks.first:
+        append_json_line(run.paths.bad_steps, {"epoch": state.epoch + 1, "step": state.step + 1, "samples": samples})
+    allowed = run.recipe.train.max_bad_steps
+    if state.bad_steps > allowed:
         raise TrainingError(
-            f"{where}, on samples {', '.join(samples)} (kept in {job.run.bad_steps}). {allowed} such steps may be "
+            f"{where}, on samples {', '.join(samples)} (kept in {run.paths.bad_steps}). {allowed} such steps may be "
             "skipped (train.max_bad_steps); the last checkpoint is kept: look at these samples, lower optimizer.lr, or "
             "use train.precision=bf16 or fp32"
         )
-    for buffer, before in zip(job.network.buffers(), buffers, strict=True):
+    for buffer, before in zip(run.network.buffers(), buffers, strict=True):
         buffer.copy_(before)
-    log.warning("%s: skipped, %d of at most %d; samples %s", where, progress.bad_steps, allowed, ", ".join(samples))
+    log.warning("%s: skipped, %d of at most %d; samples %s", where, state.bad_steps, allowed, ", ".join(samples))
 
 
-def _check_scale(job: Job) -> None:
+def _check_scale(run: TrainingRun) -> None:
     """The scaler of fp16 skips by itself, and halves its scale each time; below 1 it helps nothing."""
-    if job.scaler.is_enabled() and job.scaler.get_scale() < 1:
+    if run.scaler.is_enabled() and run.scaler.get_scale() < 1:
         raise TrainingError(
-            f"{job.run.root}: gradients are not finite however small the loss is scaled (now by "
-            f"{job.scaler.get_scale():g}). The last checkpoint is kept; use train.precision=bf16 or fp32"
+            f"{run.paths.root}: gradients are not finite however small the loss is scaled (now by "
+            f"{run.scaler.get_scale():g}). The last checkpoint is kept; use train.precision=bf16 or fp32"
         )
 
 
-def _end_epoch(job: Job, progress: Progress, clock: Clock, val_loss: float) -> None:
+def _end_epoch(run: TrainingRun, state: TrainState, clock: Clock, val_loss: float) -> None:
     """Count the epoch, unless its validation shows that the network is lost."""
     if not math.isfinite(val_loss):
         raise TrainingError(
-            f"{job.run.root}: the validation loss is {val_loss} after epoch {progress.epoch + 1}. The checkpoint of "
+            f"{run.paths.root}: the validation loss is {val_loss} after epoch {state.epoch + 1}. The checkpoint of "
             "the epoch before is kept; lower optimizer.lr, or use train.precision=bf16 or fp32"
         )
     elapsed = clock.elapsed()
-    progress.epoch_seconds, progress.elapsed = elapsed - progress.elapsed, elapsed
-    progress.epoch, progress.step, progress.images, progress.loss_sum = progress.epoch + 1, 0, 0, 0.0
-    if val_loss < progress.best_loss:
-        progress.best_loss, progress.best_epoch = val_loss, progress.epoch
+    state.epoch_seconds, state.elapsed = elapsed - state.elapsed, elapsed
+    state.epoch, state.step, state.images, state.loss_sum = state.epoch + 1, 0, 0, 0.0
+    if val_loss < state.best_loss:
+        state.best_loss, state.best_epoch = val_loss, state.epoch
 
 
-def _save(job: Job, progress: Progress, clock: Clock, writer: CheckpointWriter, best: bool = False) -> None:
+def _save(run: TrainingRun, state: TrainState, clock: Clock, writer: CheckpointWriter, best: bool = False) -> None:
     """Begin to write the last and, where it is the new best, the best checkpoint. Every rank must call it."""
-    distributed.copy_from_first(job.network)
-    facts = job.facts(replace(progress, elapsed=clock.elapsed()))
-    if job.ranks.first:
-        writer.write(take_snapshot(job.network, facts, job.optimizer), best)
+    distributed.broadcast_buffers(run.network)
+    metadata = run.metadata(replace(state, elapsed=clock.elapsed()))
+    if run.ranks.first:
+        writer.write(take_snapshot(run.network, metadata, run.optimizer), best)
     clock.saved()
 
 
-def _stop_early(job: Job, progress: Progress, clock: Clock, writer: CheckpointWriter) -> NoReturn:
+def _stop_early(run: TrainingRun, state: TrainState, clock: Clock, writer: CheckpointWriter) -> NoReturn:
     """Save the epoch under way: its steps so far or, before its validation, all of them."""
-    _save(job, progress, clock, writer)
+    _save(run, state, clock, writer)
     _finish_writing(writer)
-    raise StoppedEarly(f"{job.run.root}: stopped in epoch {progress.epoch + 1}; the same command goes on")
+    raise StoppedEarly(f"{run.paths.root}: stopped in epoch {state.epoch + 1}; the same command goes on")
 
 
 def _finish_writing(writer: CheckpointWriter) -> None:
@@ -290,17 +287,17 @@ def _seed_step(seed: int, step: int, rank: int) -> None:
 
 
 @contextmanager
-def _memory_explained(job: Job) -> Iterator[None]:
+def _memory_explained(run: TrainingRun) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        device = job.ranks.device
+        device = run.ranks.device
         peak = torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else math.nan
-        height, width = job.recipe.data.size
-        images = job.ranks.share(job.recipe.train.batch)
+        height, width = run.recipe.data.size
+        images = run.ranks.share(run.recipe.train.batch)
         raise TrainingError(
-            f"{job.run.root}: out of GPU memory with {images} images of {height} x {width} on each of "
-            f"{job.ranks.size} ranks, peak {peak:.1f} GiB: lower train.batch ({job.recipe.train.batch} over all ranks) "
+            f"{run.paths.root}: out of GPU memory with {images} images of {height} x {width} on each of "
+            f"{run.ranks.size} ranks, peak {peak:.1f} GiB: lower train.batch ({run.recipe.train.batch} over all ranks) "
             "or data.size, take more GPUs, or use train.precision=bf16"
         ) from error
 

@@ -71,7 +71,7 @@ def vote(
                 _soft_vote(sources, votes, listed.sizes[stem], partial, stem)
                 return [False] * len(sources)
             masks, graded = zip(*(read_member_mask(source, threshold) for source in sources), strict=True)
-            write_mask(paths.prediction(partial, stem), majority(masks, votes, ties), synced=False)
+            write_mask(paths.mask_file(partial, stem), majority(masks, votes, ties), synced=False)
             return list(graded)
 
         graded = np.array(in_threads(one_image, listed.stems, "vote", workers))
@@ -157,7 +157,7 @@ def _files(member: Member, soft: bool) -> dict[str, Path]:
     """The files a vote reads of a member, by stem."""
     if not soft:
         return member.images
-    files = {stem: paths.probability(member.directory, stem) for stem in member.images}
+    files = {stem: paths.probability_file(member.directory, stem) for stem in member.images}
     missing = [stem for stem, path in files.items() if not path.is_file()]
     if missing:
         raise InputDataError(
@@ -179,6 +179,6 @@ def _soft_vote(sources: Sequence[Path], votes: Sequence[int], size: tuple[int, i
             )
         summed += values.astype(np.int64) * count
     total = sum(votes)
-    write_mask(paths.prediction(out, stem), 2 * summed > 65535 * total, synced=False)
+    write_mask(paths.mask_file(out, stem), 2 * summed > 65535 * total, synced=False)
     mean = (2 * summed + total - 1) // (2 * total)  # to the nearest, halves down, like `write_probability`
-    write_probability(paths.probability(out, stem), (mean / 65535).astype(np.float32), synced=False)
+    write_probability(paths.probability_file(out, stem), (mean / 65535).astype(np.float32), synced=False)

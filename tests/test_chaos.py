@@ -18,9 +18,9 @@ from stas.evaluate import evaluate
 from stas.infer import infer
 from stas.models.checkpoint import (
     CheckpointWriter,
-    clear_up,
     load_checkpoint,
     load_newest,
+    remove_leftovers,
     save_checkpoint,
     save_last,
     take_snapshot,
@@ -54,10 +54,10 @@ def save_epochs(root: Path, *epochs: int) -> None:
 def go_on_saving(root: Path) -> None:
     """What training does, with epoch 2 as the last."""
     run = RunPaths(root / "run")
-    with lock(paths.lock(run.root)) as held:
-        clear_up(run)
+    with lock(paths.lock_file(run.root)) as held:
+        remove_leftovers(run)
         saved = load_newest(run)
-        for epoch in range(saved.facts["epoch"] + 1 if saved else 0, 3):
+        for epoch in range(saved.metadata["epoch"] + 1 if saved else 0, 3):
             writer = CheckpointWriter(run, held)
             writer.write(snapshot(epoch), best=True)
             writer.wait()
@@ -66,14 +66,14 @@ def go_on_saving(root: Path) -> None:
 def newest_is_not_older_than(epoch: int):
     def check(root: Path) -> None:
         saved = load_newest(RunPaths(root / "run"))
-        assert (saved.facts["epoch"] if saved else -1) >= epoch
+        assert (saved.metadata["epoch"] if saved else -1) >= epoch
 
     return check
 
 
 def metrics(root: Path, *epochs: int) -> None:
-    with lock(paths.lock(root / "run")):
-        clear_up(RunPaths(root / "run"))
+    with lock(paths.lock_file(root / "run")):
+        remove_leftovers(RunPaths(root / "run"))
         with MetricsLog(root / "run" / "metrics.jsonl", root / "events", epochs[0] - 1) as log:
             for epoch in epochs:
                 log.append({"epoch": epoch, "val_loss": 1 / epoch})

@@ -47,12 +47,12 @@ from stas.models.checkpoint import (
     take_snapshot,
 )
 from stas.models.pickles import convert_weights
-from stas.paths import Workspace, manifest, store_data
+from stas.paths import Workspace, manifest_file, store_data
 from stas.recipe import RECIPES, load_recipe, parse_recipe, recipe_names
 from stas.system.distributed import Ranks
 from stas.system.publish import Output, check_replaceable, is_finished, write_manifest
 from stas.training.optim import build_optimizer
-from stas.training.run import Progress
+from stas.training.run import TrainState
 from tests.support import stores
 from tests.support.fuzzing import PROFILE, TEXTS, VALUES, Referee, altered, json_files, pictures, repair_png, spoilt
 from tests.support.labelme import TRIANGLE, shape
@@ -175,7 +175,7 @@ def read_store(store: Store) -> None:
 
 
 def test_fuzz_manifest_of_a_store(referee: Referee, store: Store):
-    path = manifest(store.directory)
+    path = manifest_file(store.directory)
     whole = json.loads(path.read_text())
 
     @PROFILE
@@ -190,13 +190,13 @@ def test_fuzz_manifest_of_a_store(referee: Referee, store: Store):
 def test_fuzz_data_of_a_store(referee: Referee, store: Store):
     path = store_data(store.directory)
     whole = path.read_bytes()
-    text = manifest(store.directory).read_text()
+    text = manifest_file(store.directory).read_text()
 
     @PROFILE
     @given(spoilt([whole]) | pages(whole))
     def fuzz(content: bytes) -> None:
         path.write_bytes(content)
-        manifest(store.directory).write_text(re.sub(r'"bytes": \d+', f'"bytes": {len(content)}', text))
+        manifest_file(store.directory).write_text(re.sub(r'"bytes": \d+', f'"bytes": {len(content)}', text))
         referee.judge(lambda: read_store(store))
 
     fuzz()
@@ -249,7 +249,7 @@ FACTS = {
     "run": "tiny",
     "store": "key",
     "validation": ["a", "b"],
-    "progress": {
+    "state": {
         "epoch": 1,
         "step": 2,
         "images": 3,
@@ -267,8 +267,8 @@ def load_all(path: Path) -> None:
     saved = load_checkpoint(path)
     network, optimizer = network_and_optimizer()
     with fitting(path):
-        Progress.from_json(saved.facts["progress"], Ranks(0, 1, torch.device("cpu")))
-        parse_recipe(saved.facts["recipe"], str(path))
+        TrainState.from_json(saved.metadata["state"], Ranks(0, 1, torch.device("cpu")))
+        parse_recipe(saved.metadata["recipe"], str(path))
         network.load_state_dict(saved.network)
         restore_optimizer(optimizer, saved.optimizer)
 
@@ -383,12 +383,12 @@ def test_fuzz_manifest_of_predictions(referee: Referee, outside: Path):
     output = Output(directory, "prediction set", key)
     (directory / "a.png").write_bytes(b"mask")
     write_manifest(directory, output, label="STAS", images={"a": {"height": 2, "width": 3}}, probabilities=True)
-    whole = json.loads(manifest(directory).read_text())
+    whole = json.loads(manifest_file(directory).read_text())
 
     @PROFILE
     @given(json_files([whole]))
     def fuzz(content: bytes) -> None:
-        manifest(directory).write_bytes(content)
+        manifest_file(directory).write_bytes(content)
         referee.judge(lambda: is_finished(output))
         referee.judge(lambda: check_replaceable(directory, "prediction set"))
         referee.judge(lambda: _check_same_images(output))
@@ -640,7 +640,7 @@ def test_crazy_page_numbers_do_not_end_the_process(sized: Store, part: str):
 @pytest.mark.parametrize("kind", ["stem", "key", "pointer"])
 @pytest.mark.parametrize("name", ["../../x", "/tmp/x", "..", "", "a/b", "a\0b", "x" * 300])
 def test_a_crafted_store_leads_nowhere_else(sized: Store, kind: str, name: str, outside: Path):
-    path = manifest(sized.directory)
+    path = manifest_file(sized.directory)
     content = json.loads(path.read_text())
     if kind == "stem":
         content["samples"][0]["stem"] = name
@@ -673,7 +673,7 @@ def test_a_crafted_store_leads_nowhere_else(sized: Store, kind: str, name: str, 
     ],
 )  # fmt: skip
 def test_a_manifest_that_contradicts_itself_is_refused(sized: Store, change: dict, refusal: str):
-    path = manifest(sized.directory)
+    path = manifest_file(sized.directory)
     content = json.loads(path.read_text())
     for key, value in change.items():
         (content["samples"][0] if key in ("stored", "areas") else content)[key] = value
@@ -685,7 +685,7 @@ def test_a_manifest_that_contradicts_itself_is_refused(sized: Store, change: dic
 def test_a_record_of_another_length_is_refused(outside: Path):
     """The manifest's shapes are changed together, so that they agree with each other but not with the data."""
     store = stores.build_scaled(outside / "stores" / "key", 1.0, [(50, 70)])
-    path = manifest(store.directory)
+    path = manifest_file(store.directory)
     content = json.loads(path.read_text())
     content["samples"][0] |= {"height": 5000, "width": 700, "stored": [5000, 700]}
     path.write_text(json.dumps(content))

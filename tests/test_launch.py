@@ -14,7 +14,7 @@ import yaml
 
 from stas.config import Recipe
 from stas.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RESUMABLE, EXIT_USAGE
-from stas.launch import _ended, _lost, gravest
+from stas.launch import _ended, _lost, worst_exit_code
 from stas.models.checkpoint import load_checkpoint
 from stas.paths import Workspace
 from stas.training.metrics_log import read_metrics
@@ -37,7 +37,7 @@ from tests.support.launch import PATIENCE, started, stas
     ],
 )
 def test_one_exit_code_for_all_ranks(codes: list[int | None], stopped: bool, expected: int):
-    assert gravest(codes, stopped) == expected
+    assert worst_exit_code(codes, stopped) == expected
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_a_signal_to_the_launcher_stops_all_ranks_at_one_step(
         _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == EXIT_RESUMABLE, said
     # 7 images in batches of 4: two steps an epoch, so that a loss sum of both ranks belongs to one of them.
-    assert load_checkpoint(run.checkpoint("last")).facts["progress"]["epoch"] >= 2
+    assert load_checkpoint(run.checkpoint("last")).metadata["state"]["epoch"] >= 2
     assert "the same command goes on" in said
 
 

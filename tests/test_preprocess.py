@@ -16,7 +16,7 @@ from stas.data.images import read_grey, read_image, write_mask
 from stas.data.resize import area_resize
 from stas.data.store import Store, open_store, pointer
 from stas.errors import InputDataError, UsageError
-from stas.paths import Workspace, manifest, store_data
+from stas.paths import Workspace, manifest_file, store_data
 from stas.preprocess import preprocess
 from stas.recipe import load_recipe
 from tests.support.launch import PATIENCE
@@ -109,7 +109,7 @@ def test_a_second_run_does_nothing(cases, monkeypatch, caplog):
     store = cases.run(masks=masks)
     files = [
         store_data(store.directory),
-        manifest(store.directory),
+        manifest_file(store.directory),
         cases.workspace.dataset("STAS", "32x32"),
         masks / "good.png",
     ]
@@ -255,7 +255,7 @@ def test_images_stored_at_a_scale_keep_their_shapes(cases, workers, capsys):
 
 def test_a_store_of_an_earlier_format_is_made_again(cases):
     old = cases.run()
-    path = manifest(old.directory)
+    path = manifest_file(old.directory)
     path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
     moved = old.directory.rename(cases.workspace.store("earlier"))  # its key held the format, too
     pointer(cases.workspace, old.spec).write_text(json.dumps({"store": moved.name}))

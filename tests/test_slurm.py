@@ -123,7 +123,7 @@ def test_the_chain_goes_from_annotations_to_voted_masks(slurm: Slurm, site: Simp
         one, two, three, vote = (one_set[stem] > 0 for one_set in sets)
         assert vote.shape == (height, width)
         assert np.array_equal(vote, (one & two) | (three & (one | two)))
-    held_out = load_checkpoint(workspace.run("one").checkpoint("best")).facts["validation"]
+    held_out = load_checkpoint(workspace.run("one").checkpoint("best")).metadata["validation"]
     assert sorted(masks(workspace.predictions("vote-held-out"))) == sorted(held_out)
     assert (workspace.root / "evaluation" / "sheets.png").exists()
     # 4 GPUs a node: four ranks took part, of which one spoke.
@@ -206,7 +206,7 @@ def test_a_cancelled_job_leaves_a_checkpoint_and_stays_cancelled(slurm: Slurm, s
     assert slurm.wait(job) == ["CANCELLED"]
     wait_until(lambda: "the same command goes on" in log_of(site, job), "the checkpoint")
     done = epochs(run)
-    assert load_checkpoint(run.checkpoint("last")).facts["progress"]["epoch"] == done
+    assert load_checkpoint(run.checkpoint("last")).metadata["state"]["epoch"] == done
     again = submit(
         slurm,
         site,

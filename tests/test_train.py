@@ -19,7 +19,7 @@ from stas.recipe import parse_recipe
 from stas.system.distributed import Ranks
 from stas.train import train
 from stas.training.metrics_log import read_metrics
-from stas.training.run import Progress
+from stas.training.run import TrainState
 from tests.support.launch import command, started, stas
 from tests.support.runs import assert_same_run, changed, figures, recipe_file, weights
 
@@ -33,11 +33,11 @@ def test_a_run_learns_and_leaves_what_it_promises(store_workspace, tiny):
     assert {"host_rss_gib", "shm_used_gib", "images_per_second", "elapsed"} <= records[0].keys()
     best = min(records, key=lambda record: record["val_loss"])
     saved = load_checkpoint(run.checkpoint("best"))
-    assert saved.facts["progress"]["best_epoch"] == saved.facts["progress"]["epoch"] == best["epoch"]
+    assert saved.metadata["state"]["best_epoch"] == saved.metadata["state"]["epoch"] == best["epoch"]
     assert not saved.optimizer
     split = json.loads(run.split.read_text())
     assert sorted(split["training"] + split["validation"]) == [f"sample_{index:04}" for index in range(10)]
-    assert saved.facts["validation"] == split["validation"] and len(split["validation"]) == 3
+    assert saved.metadata["validation"] == split["validation"] and len(split["validation"]) == 3
     assert parse_recipe(yaml.safe_load(run.recipe.read_text()), "written").train.epochs == 12
     assert run.curves.read_bytes().startswith(b"\x89PNG")
     assert any(run.tensorboard.glob("events.out.tfevents.*"))
@@ -87,7 +87,7 @@ def test_the_time_limit_ends_a_run_well(store_workspace, tiny, monkeypatch):
     train(endless, store_workspace, "limited", time_limit=3)
     done = read_metrics(run.metrics)
     assert 1 <= len(done) < 1000
-    assert load_checkpoint(run.checkpoint("best")).facts["progress"]["elapsed"] < 6
+    assert load_checkpoint(run.checkpoint("best")).metadata["state"]["elapsed"] < 6
     train(endless, store_workspace, "limited", time_limit=3)  # the time is spent: earlier parts count
     assert len(read_metrics(run.metrics)) == len(done)
 
@@ -97,7 +97,7 @@ def test_low_precision_trains(store_workspace, tiny, precision):
     train(changed(tiny, train={"precision": precision, "epochs": 4}), store_workspace, precision)
     losses = [record["train_loss"] for record in read_metrics(store_workspace.run(precision).metrics)]
     assert losses[-1] < losses[0]
-    scaler = load_checkpoint(store_workspace.run(precision).checkpoint("last")).facts["scaler"]
+    scaler = load_checkpoint(store_workspace.run(precision).checkpoint("last")).metadata["scaler"]
     assert bool(scaler) == (precision == "fp16")
 
 
@@ -172,4 +172,4 @@ def test_stopped_within_an_epoch_and_started_again_equals_never_stopped(store_wo
 
 
 def test_progress_is_json():
-    assert Progress(**json.loads(json.dumps(asdict(Progress())))) == Progress()
+    assert TrainState(**json.loads(json.dumps(asdict(TrainState())))) == TrainState()

@@ -104,17 +104,17 @@ def _beside_the_step(site: Site) -> Row:
     steps = 2 if site.quick else 4
     recipe = load_recipe("lite0", [SPLIT, *(["data.size=64"] if site.quick else [])])
     workspace = make_store(site, site.scratch / recipe.name, recipe, 8 if site.quick else 40)
-    job, _ = set_up(recipe, workspace, workspace.run("bench"), Ranks(0, 1, CPU))
-    job.network.train()
-    alone = SampleCache(job.store, job.training, CPU)
-    resident = next(epoch_batches(alone, job.training, recipe.train, recipe.augment, 0, 0, 1))
+    run, _ = set_up(recipe, workspace, workspace.run("bench"), Ranks(0, 1, CPU))
+    run.network.train()
+    alone = SampleCache(run.store, run.training, CPU)
+    resident = next(epoch_batches(alone, run.training, recipe.train, recipe.augment, 0, 0, 1))
 
     def train_on(given: Iterable[Batch]) -> None:
         for batch in given:
-            step(job, batch)
+            step(run, batch)
 
     def fresh() -> Iterator[Batch]:
-        return islice(epoch_batches(job.pixels, job.training, recipe.train, recipe.augment, 0, 0, 1), steps)
+        return islice(epoch_batches(run.cache, run.training, recipe.train, recipe.augment, 0, 0, 1), steps)
 
     seconds = interleaved(
         {"resident": lambda: train_on([resident] * steps), "store": lambda: train_on(prefetch(fresh()))},

@@ -21,7 +21,7 @@ from scripts.bench import rivals
 from scripts.bench.gpu_steps import (
     Bench,
     Variant,
-    build_job,
+    build_run,
     datasheet,
     feed,
     forward_flops,
@@ -142,13 +142,13 @@ def _product(bench: Bench) -> Result:
 
 def _train(bench: Bench, name: str, variant: Variant, product: Result) -> Result:
     """Images per second on a batch that lies on the device, and the share of the peak that they are."""
-    job = build_job(bench, name, variant)
-    batch = resident_batch(job)
-    flops = 3 * forward_flops(job, batch)  # the backward pass costs about two forward passes
+    run = build_run(bench, name, variant)
+    batch = resident_batch(run)
+    flops = 3 * forward_flops(run, batch)  # the backward pass costs about two forward passes
     began = time.perf_counter()
-    step(job, batch)
+    step(run, batch)
     first = time.perf_counter() - began
-    taken = seconds(lambda: step(job, batch), bench.device, repeats=2 if bench.quick else 8)
+    taken = seconds(lambda: step(run, batch), bench.device, repeats=2 if bench.quick else 8)
     rate = batch.total / taken
     reached = rate * flops / 1e12
     return {
@@ -169,12 +169,12 @@ def _share(reached: float, peak: float | None) -> float | None:
 
 def _stall(bench: Bench, name: str, variant: Variant) -> Result:
     """The share of a step's time that waiting for data takes, with the samples on the device and without."""
-    job = build_job(bench, name, variant)
-    batch, steps = resident_batch(job), 3 if bench.quick else 20
+    run = build_run(bench, name, variant)
+    batch, steps = resident_batch(run), 3 if bench.quick else 20
     calls = {
-        "resident batch": lambda: [step(job, batch) for _ in range(steps)],
-        "samples on the device": feed(job, True, steps),
-        "samples from the store": feed(job, False, steps),
+        "resident batch": lambda: [step(run, batch) for _ in range(steps)],
+        "samples on the device": feed(run, True, steps),
+        "samples from the store": feed(run, False, steps),
     }
     taken = {what: seconds(call, bench.device, repeats=3, warm_up=1) / steps for what, call in calls.items()}
     resident = taken["resident batch"]
@@ -217,14 +217,14 @@ def _rivals(bench: Bench, name: str) -> Result:
 
 def _infer(bench: Bench, name: str, variant: Variant) -> Result:
     """Images of the contest's size per second, from the start of the stage to the last PNG."""
-    job = build_job(bench, name, variant)
-    run, count = f"infer-{name}", len(list(bench.site.images.iterdir()))
-    facts = {"recipe": job.recipe.model_dump(mode="json"), "validation": []}
-    save_checkpoint(bench.workspace.run(run).checkpoint("best"), take_snapshot(job.network, facts))
+    run = build_run(bench, name, variant)
+    infer_run, count = f"infer-{name}", len(list(bench.site.images.iterdir()))
+    metadata = {"recipe": run.recipe.model_dump(mode="json"), "validation": []}
+    save_checkpoint(bench.workspace.run(infer_run).checkpoint("best"), take_snapshot(run.network, metadata))
     taken = []
     for number in range(2):  # the first also warms up
         began = time.perf_counter()
-        infer(run, bench.site.images, bench.workspace, name=f"{run}-{number}")
+        infer(infer_run, bench.site.images, bench.workspace, name=f"{infer_run}-{number}")
         taken.append(time.perf_counter() - began)
     return {"variant": str(variant), "images": count, "images_per_s": count / taken[1], "first_time_s": taken[0]}
 
@@ -236,12 +236,12 @@ def _memory(bench: Bench, name: str, variant: Variant) -> Result:
     peaks = []
     small = bench.recipe(name, variant).train.batch
     for batch in (small, 2 * small):
-        job = build_job(bench, name, variant, batch)
-        given = resident_batch(job)
+        run = build_run(bench, name, variant, batch)
+        given = resident_batch(run)
         for _ in range(2):
-            step(job, given)
+            step(run, given)
         peaks.append(torch.cuda.max_memory_allocated(bench.device) / GIB)
-        del job, given
+        del run, given
     an_image = (peaks[1] - peaks[0]) / small
     fixed = peaks[0] - small * an_image
     total = torch.cuda.get_device_properties(bench.device).total_memory / GIB
@@ -257,13 +257,13 @@ def _memory(bench: Bench, name: str, variant: Variant) -> Result:
 
 def _optimizer(bench: Bench, name: str) -> Result:
     """Milliseconds of one update of all weights, ours and adabelief-pytorch's."""
-    job = build_job(bench, name, Variant("fp32", False))
-    for parameter in job.network.parameters():
+    run = build_run(bench, name, Variant("fp32", False))
+    for parameter in run.network.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
-    other = rivals.adabelief(job.network.parameters())
+    other = rivals.adabelief(run.network.parameters())
     repeats = 3 if bench.quick else 20
-    ours, theirs = (1000 * seconds(optimizer.step, bench.device, repeats) for optimizer in (job.optimizer, other))
-    return {"kind": job.recipe.optimizer.name, "ms": ours, "adabelief_pytorch_ms": theirs, "ratio": ours / theirs}
+    ours, theirs = (1000 * seconds(optimizer.step, bench.device, repeats) for optimizer in (run.optimizer, other))
+    return {"kind": run.recipe.optimizer.name, "ms": ours, "adabelief_pytorch_ms": theirs, "ratio": ours / theirs}
 
 
 if __name__ == "__main__":

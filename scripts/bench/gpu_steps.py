@@ -1,4 +1,4 @@
-"""What the GPU's measurements are made of: a training job on made samples, its step, the clock, and the peaks."""
+"""What the GPU's measurements are made of: a training run on made samples, its step, the clock, and the peaks."""
 
 import gc
 import math
@@ -24,7 +24,7 @@ from stas.system.resources import GIB
 from stas.system.threads import prefetch
 from stas.train import Clock, train_step
 from stas.training.loader import Batch, SampleCache, epoch_batches
-from stas.training.run import Job, Progress, set_up
+from stas.training.run import TrainingRun, TrainState, set_up
 from stas.training.transforms import prepare
 
 # Datasheets' dense TFLOP/s of the SXM form where there are several, by part of the device's name, the longest first.
@@ -97,7 +97,7 @@ def make_bench(scratch: Path, device: torch.device, quick: bool) -> Bench:
     return bench
 
 
-def build_job(bench: Bench, name: str, variant: Variant, batch: int | None = None) -> Job:
+def build_run(bench: Bench, name: str, variant: Variant, batch: int | None = None) -> TrainingRun:
     """A new run of one rank on the device, in training mode."""
     gc.collect()
     if bench.device.type == "cuda":
@@ -106,42 +106,42 @@ def build_job(bench: Bench, name: str, variant: Variant, batch: int | None = Non
     # A GPU's convolutions use TF32 unless told otherwise, its matrix products do not.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = variant.precision != "fp32"
     run = bench.workspace.run(f"run{next(_runs)}")
-    job, _ = set_up(bench.recipe(name, variant, batch), bench.workspace, run, Ranks(0, 1, bench.device))
-    job.parallel.train()
-    return job
-
-
-def resident_batch(job: Job) -> Batch:
-    """The first batch of an epoch, on the device."""
-    recipe, device = job.recipe, job.ranks.device
-    alone = SampleCache(job.store, job.training, device, resident_share=0.0)
-    return next(epoch_batches(alone, job.training, recipe.train, recipe.augment, 0, 0, 1)).to(device)
-
-
-def step(job: Job, batch: Batch) -> None:
-    """One training step as `stas train` makes it."""
-    train_step(job, Progress(), batch, 1, Event(), Clock(0, math.inf, math.inf))
-
-
-def feed(job: Job, on_device: bool, steps: int) -> Callable[[], object]:
-    """A function that makes `steps` steps on samples that lie on the device, or that come from the store each time."""
-    pixels = SampleCache(job.store, job.training, job.ranks.device, resident_share=1.0 if on_device else 0.0)
-    recipe = job.recipe
-    whole = job.training[: len(job.training) // recipe.train.batch * recipe.train.batch]  # no short last batch
-
-    def run() -> None:
-        epochs = (epoch_batches(pixels, whole, recipe.train, recipe.augment, epoch, 0, 1) for epoch in count())
-        for batch in prefetch(islice(chain.from_iterable(epochs), steps)):
-            step(job, batch.to(job.ranks.device))
-
+    run, _ = set_up(bench.recipe(name, variant, batch), bench.workspace, run, Ranks(0, 1, bench.device))
+    run.parallel.train()
     return run
 
 
-def forward_flops(job: Job, batch: Batch) -> float:
+def resident_batch(run: TrainingRun) -> Batch:
+    """The first batch of an epoch, on the device."""
+    recipe, device = run.recipe, run.ranks.device
+    alone = SampleCache(run.store, run.training, device, resident_share=0.0)
+    return next(epoch_batches(alone, run.training, recipe.train, recipe.augment, 0, 0, 1)).to(device)
+
+
+def step(run: TrainingRun, batch: Batch) -> None:
+    """One training step as `stas train` makes it."""
+    train_step(run, TrainState(), batch, 1, Event(), Clock(0, math.inf, math.inf))
+
+
+def feed(run: TrainingRun, on_device: bool, steps: int) -> Callable[[], object]:
+    """A function that makes `steps` steps on samples that lie on the device, or that come from the store each time."""
+    pixels = SampleCache(run.store, run.training, run.ranks.device, resident_share=1.0 if on_device else 0.0)
+    recipe = run.recipe
+    whole = run.training[: len(run.training) // recipe.train.batch * recipe.train.batch]  # no short last batch
+
+    def feed_steps() -> None:
+        epochs = (epoch_batches(pixels, whole, recipe.train, recipe.augment, epoch, 0, 1) for epoch in count())
+        for batch in prefetch(islice(chain.from_iterable(epochs), steps)):
+            step(run, batch.to(run.ranks.device))
+
+    return feed_steps
+
+
+def forward_flops(run: TrainingRun, batch: Batch) -> float:
     """Floating-point operations of one image's forward pass, a multiplication and an addition counted as two."""
-    images, _ = prepare(batch, job.recipe.data, job.recipe.augment, job.recipe.train.channels_last)
+    images, _ = prepare(batch, run.recipe.data, run.recipe.augment, run.recipe.train.channels_last)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        job.network(images)
+        run.network(images)
     return counter.get_total_flops() / len(images)
 
 
@@ -164,7 +164,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def peak_gib(device: torch.device) -> float | None:
-    """Most memory that tensors have taken since the job was built."""
+    """Most memory that tensors have taken since the run was built."""
     return torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else None
 
 

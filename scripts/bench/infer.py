@@ -23,16 +23,15 @@ RUN = "lite0"
 
 def measure(site: Site) -> Iterator[Row]:
     count = 4 if site.quick else 48
-    place = site.scratch / "infer"
-    images = multiplied(site.images, place / "images", count)
-    workspace = Workspace(place / "workspace")
+    directory = site.scratch / "infer"
+    images = multiplied(site.images, directory / "images", count)
+    workspace = Workspace(directory / "workspace")
     recipe = load_recipe("lite0", ["data.size=64"] if site.quick else [])
     torch.manual_seed(0)
     network = build_network(recipe.model, recipe.data.size, pretrained=False).eval()
-    if recipe.train.channels_last:
-        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    facts = {"recipe": recipe.model_dump(mode="json"), "validation": []}
-    save_checkpoint(workspace.run(RUN).checkpoint("best"), take_snapshot(network, facts))
+    place(network, torch.device("cpu"), recipe.train.channels_last)
+    metadata = {"recipe": recipe.model_dump(mode="json"), "validation": []}
+    save_checkpoint(workspace.run(RUN).checkpoint("best"), take_snapshot(network, metadata))
     files = list_images(images)
     stems = list(files)
     settings = Settings.of(recipe, tta=False)
@@ -48,10 +47,10 @@ def measure(site: Site) -> Iterator[Row]:
     logits = forward()
 
     def write() -> None:
-        shutil.rmtree(place / "masks", ignore_errors=True)
+        shutil.rmtree(directory / "masks", ignore_errors=True)
         with ThreadPoolExecutor(2) as pool:
             written = [
-                pool.submit(stage._write, place / "masks", stem, logit, 0.5, False)
+                pool.submit(stage._write, directory / "masks", stem, logit, 0.5, False)
                 for stem, logit in zip(stems, logits, strict=True)
             ]
         for future in written:

@@ -36,10 +36,10 @@ GROWTH = """
 
 def markdown(content: dict[str, Any]) -> str:
     """The page of what the benchmarks wrote as JSON."""
-    facts = content["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    gpus = ", ".join(facts["gpus"]) or "none"
-    head = HEAD.format(**facts | {"versions": versions, "gpus": gpus, "date": content["date"]})
+    metadata = content["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in metadata["versions"].items())
+    gpus = ", ".join(metadata["gpus"]) or "none"
+    head = HEAD.format(**metadata | {"versions": versions, "gpus": gpus, "date": content["date"]})
     lines = [_line(row) for row in content["rows"]]
     notes = [f"- {row['what']}: {row['note']}" for row in content["rows"] if row["note"]]
     parts = [head + "\n".join(lines), "\n".join(["## Notes", "", *notes])]

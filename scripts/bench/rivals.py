@@ -36,7 +36,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from stas.data.annotations import rasterise, read_labelme
 from stas.data.images import write_mask
-from stas.paths import prediction
+from stas.paths import mask_file
 
 KEYS = ["image", "mask"]
 Loader = DataLoader[Any]
@@ -48,7 +48,7 @@ def mask_files(annotations: Path, out: Path) -> list[Path]:
     for path in sorted(annotations.glob("*.json")):
         annotation = read_labelme(path)
         assert annotation.size
-        files.append(prediction(out, path.stem))
+        files.append(mask_file(out, path.stem))
         write_mask(files[-1], rasterise(annotation.shapes, annotation.size, "STAS", path))
     return files
 

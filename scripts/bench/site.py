@@ -9,7 +9,7 @@ from scripts.make_sample import make_sample
 from stas.config import Recipe
 from stas.data.annotations import rasterise, read_labelme
 from stas.data.images import write_mask
-from stas.paths import Workspace, prediction
+from stas.paths import Workspace, mask_file
 from stas.preprocess import preprocess
 
 SCALE = 2.0  # 1716 x 942 pixels, the contest's size, in five of eight images
@@ -58,7 +58,7 @@ def make_site(scratch: Path, out: Path, quick: bool = False) -> Site:
             continue
         mask = rasterise(annotation.shapes, annotation.size, "STAS", path)
         for member, pixels in zip(site.members, OFF_BY, strict=True):
-            write_mask(prediction(member, stem), np.roll(mask, pixels, (0, 1)))
+            write_mask(mask_file(member, stem), np.roll(mask, pixels, (0, 1)))
     return site
 
 

@@ -66,9 +66,9 @@ def _first_step(site: Site, name: str, workspace: Path, changes: list[str]) -> R
     for number in range(repeats + 1):
         arguments = [name, str(workspace), f"{name}-{number}", *changes]
         began = time.perf_counter()
-        with subprocess.Popen([sys.executable, "-m", "scripts.bench.start", *arguments], stdout=subprocess.PIPE) as job:
-            assert job.stdout
-            found = any(line.decode().strip() == STEP for line in job.stdout)
+        with subprocess.Popen([sys.executable, "-m", "scripts.bench.start", *arguments], stdout=subprocess.PIPE) as run:
+            assert run.stdout
+            found = any(line.decode().strip() == STEP for line in run.stdout)
             taken.append(time.perf_counter() - began)
         assert found, f"{name} ended before its first step"
     return Row(

@@ -20,7 +20,7 @@ from stas.config import Data
 from stas.data.deflate import unpack
 from stas.data.images import is_plain_stem
 from stas.data.store_file import MAKE_AGAIN, close, environment, local_copy
-from stas.data.store_manifest import Sample, read_manifest
+from stas.data.store_manifest import Sample, read_store_manifest
 from stas.data.store_spec import StoreSpec, store_spec
 from stas.data.tiles import Box, tiles, whole
 from stas.errors import InputDataError, UsageError
@@ -54,7 +54,7 @@ class Store:
                 it says.
         """
         self.directory = directory
-        content, self.spec = read_manifest(directory)
+        content, self.spec = read_store_manifest(directory)
         self.key, self.samples, self.skipped = content.key, content.samples, content.skipped
         self._bytes = content.files.get(store_data(directory).name, -1)
         self._network = network
@@ -241,7 +241,7 @@ def point_to(workspace: Workspace, store: Store) -> None:
     path = pointer(workspace, store.spec)
     if points_to(path, store.key) and not list(path.parent.glob(f".{glob.escape(path.name)}.*")):
         return
-    with lock(paths.lock(path)):
+    with lock(paths.lock_file(path)):
         remove_leftovers(path.parent, f".{glob.escape(path.name)}.*.tmp")
         if not points_to(path, store.key):
             write_json(path, {"store": store.key})

@@ -10,7 +10,7 @@ from stas.data.images import MAX_PIXELS, MAX_SIDE, is_plain_stem
 from stas.data.store_file import MAKE_AGAIN
 from stas.data.store_spec import StoreSpec
 from stas.errors import InputDataError
-from stas.paths import manifest
+from stas.paths import manifest_file
 from stas.system.files import read_json
 from stas.system.publish import FORMATS
 from stas.system.untrusted import shown
@@ -72,7 +72,7 @@ class Manifest(BaseModel):
     skipped: list[Skipped]
 
 
-def read_manifest(directory: Path) -> tuple[Manifest, StoreSpec]:
+def read_store_manifest(directory: Path) -> tuple[Manifest, StoreSpec]:
     """Read and check a store's manifest.
 
     Returns:
@@ -81,7 +81,7 @@ def read_manifest(directory: Path) -> tuple[Manifest, StoreSpec]:
     Raises:
         InputDataError: there is none, or it is not one of this version.
     """
-    content: Any = read_json(manifest(directory))
+    content: Any = read_json(manifest_file(directory))
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMATS["store"]:
         raise InputDataError(
@@ -119,4 +119,4 @@ def _problem(sample: Sample, spec: StoreSpec) -> str | None:
 
 
 def _refusal(directory: Path, problem: str) -> InputDataError:
-    return InputDataError(f"{manifest(directory)}: {problem}: {MAKE_AGAIN}")
+    return InputDataError(f"{manifest_file(directory)}: {problem}: {MAKE_AGAIN}")

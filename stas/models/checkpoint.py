@@ -1,4 +1,4 @@
-"""Checkpoints: one safetensors file each, with the recipe and all other facts as JSON in its header.
+"""Checkpoints: one safetensors file each, with the recipe and all other metadata as JSON in its header.
 
 A training checkpoint holds network and optimiser; the best one holds the network only. Random state is not in it,
 because every random draw is a function of seed, epoch, step and index. Loading one executes nothing.
@@ -23,7 +23,8 @@ from torch.optim import Optimizer
 
 from stas.errors import InputDataError, UsageError
 from stas.paths import RunPaths
-from stas.system.files import atomic_write, remove_leftovers
+from stas.system import files
+from stas.system.files import atomic_write
 from stas.system.locks import Lock
 from stas.system.untrusted import check_file, parse_json
 
@@ -42,7 +43,7 @@ DTYPES = _FLOATS | _WHOLE | {torch.bool: "BOOL"}  # as safetensors names them
 class Checkpoint:
     """What a checkpoint file holds."""
 
-    facts: dict[str, Any]  # recipe, position, scores; see stas.train
+    metadata: dict[str, Any]  # recipe, position, scores; see stas.train
     network: dict[str, Tensor]
     optimizer: dict[str, Tensor | float]  # by "<parameter index>.<key>"; empty in the best checkpoint
     sha256: str  # of the file
@@ -52,18 +53,18 @@ class Checkpoint:
 class Snapshot:
     """A network and its optimiser at one step, copied to the CPU, so that training can go on while it is written."""
 
-    facts: Mapping[str, Any]  # JSON
+    metadata: Mapping[str, Any]  # JSON
     tensors: dict[str, Tensor]
     scalars: dict[str, float]  # of the optimiser's state
 
     def network_only(self) -> "Snapshot":
         """The same without the optimiser, as the best checkpoint has it."""
         tensors = {name: value for name, value in self.tensors.items() if name.startswith(NETWORK)}
-        return Snapshot(self.facts, tensors, {})
+        return Snapshot(self.metadata, tensors, {})
 
 
-def take_snapshot(network: nn.Module, facts: Mapping[str, Any], optimizer: Optimizer | None = None) -> Snapshot:
-    """Copy the state of a network and its optimiser; `facts` must be JSON."""
+def take_snapshot(network: nn.Module, metadata: Mapping[str, Any], optimizer: Optimizer | None = None) -> Snapshot:
+    """Copy the state of a network and its optimiser; `metadata` must be JSON."""
     tensors = {f"{NETWORK}{name}": _copy(value) for name, value in network.state_dict().items()}
     scalars: dict[str, float] = {}
     if optimizer is not None:
@@ -73,7 +74,7 @@ def take_snapshot(network: nn.Module, facts: Mapping[str, Any], optimizer: Optim
                     tensors[f"{OPTIMIZER}{index}.{key}"] = _copy(value)
                 else:
                     scalars[f"{index}.{key}"] = value
-    return Snapshot(facts, tensors, scalars)
+    return Snapshot(metadata, tensors, scalars)
 
 
 def save_checkpoint(path: Path, snapshot: Snapshot) -> None:
@@ -81,20 +82,20 @@ def save_checkpoint(path: Path, snapshot: Snapshot) -> None:
 
     `safetensors.torch.save` copies all of them while it holds the interpreter's lock, and training would wait for it.
     """
-    facts = {"format": FORMAT, "facts": dict(snapshot.facts), "optimizer": snapshot.scalars}
+    metadata = {"format": FORMAT, "metadata": dict(snapshot.metadata), "optimizer": snapshot.scalars}
     # Descending sizes of elements keep every tensor aligned, which torch needs to read it in place.
     tensors = dict(sorted(snapshot.tensors.items(), key=lambda item: -item[1].element_size()))
     checksum = hashlib.sha256()
     with atomic_write(path) as file:
-        for part in _parts(facts, tensors):
+        for part in _parts(metadata, tensors):
             checksum.update(part)
             file.write(part)
         file.write(checksum.digest())
 
 
-def _parts(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+def _parts(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     """All of a safetensors file but the checksum at its end."""
-    header: dict[str, Any] = {"__metadata__": {"stas": json.dumps(facts)}}
+    header: dict[str, Any] = {"__metadata__": {"stas": json.dumps(metadata)}}
     end = 0
     for name, tensor in tensors.items():
         header[name] = _entry(DTYPES[tensor.dtype], tensor.shape, end, tensor.nbytes)
@@ -114,7 +115,7 @@ def _entry(dtype: str, shape: Sequence[int], begin: int, length: int) -> dict[st
 def save_last(run: RunPaths, snapshot: Snapshot) -> None:
     """Write the checkpoint to resume from, keeping the one before as `previous`.
 
-    Cut off between the renames, `next` is left: `load_newest` looks for it first, and `clear_up` ends the renaming.
+    A kill between the renames leaves `next`: `load_newest` looks for it first, and `remove_leftovers` finishes the job.
     """
     save_checkpoint(run.checkpoint("next"), snapshot)
     _move_up(run)
@@ -176,10 +177,10 @@ class CheckpointWriter:
         save_last(self._run, snapshot)
 
 
-def clear_up(run: RunPaths) -> None:
+def remove_leftovers(run: RunPaths) -> None:
     """End or remove what a killed process has left half done in a run. Only who holds the run's lock may do so."""
     for directory in (run.root, run.checkpoint("last").parent):
-        remove_leftovers(directory)
+        files.remove_leftovers(directory)
     if run.checkpoint("next").exists():
         _move_up(run)
 
@@ -199,7 +200,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
                 header = parse_json((opened.metadata() or {})["stas"].encode())
                 if header["format"] != FORMAT:
                     raise ValueError(f"format {header['format']} of another version of stas, this one reads {FORMAT}")
-                facts, scalars = dict(header["facts"]), dict(header["optimizer"])
+                metadata, scalars = dict(header["metadata"]), dict(header["optimizer"])
                 sha256 = _checked_sum(file)
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):
@@ -211,7 +212,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"{path}: not a readable checkpoint of stas ({error}): use another, or train again"
         ) from error
     optimizer = {**_with_prefix(tensors, OPTIMIZER), **scalars}
-    return Checkpoint(facts, _with_prefix(tensors, NETWORK), optimizer, sha256)
+    return Checkpoint(metadata, _with_prefix(tensors, NETWORK), optimizer, sha256)
 
 
 @contextmanager

@@ -29,6 +29,14 @@ def build_network(model: Model, size: tuple[int, int], pretrained: bool) -> nn.M
     return _build_smp(model, size, pretrained) if model.library == "smp" else _build_monai(model, size)
 
 
+def place(network: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
+    """Move a network to a device, in the memory format of the recipe."""
+    network.to(device)
+    if channels_last:
+        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return network
+
+
 def _build_smp(model: Model, size: tuple[int, int], pretrained: bool) -> nn.Module:
     architectures = {name: value for name, value in vars(smp).items() if hasattr(value, "check_input_shape")}
     if model.architecture not in architectures:

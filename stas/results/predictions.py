@@ -146,7 +146,7 @@ def _unique_names(directories: Sequence[Path]) -> list[str]:
 
 def _label(directory: Path) -> str | None:
     """The label in a set's manifest; None for a set of another maker."""
-    if not paths.manifest(directory).is_file():
+    if not paths.manifest_file(directory).is_file():
         return None
     try:
         label = read_manifest(directory, "prediction set", "vote").get("label")

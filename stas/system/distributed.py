@@ -39,7 +39,7 @@ class Ranks:
 def join_ranks() -> Iterator[Ranks]:
     """Join the other ranks when torchrun started this process; alone, be the only one.
 
-    On a GPU tensors travel by NCCL; everywhere small facts on the CPU travel by gloo.
+    On a GPU tensors travel by NCCL; everywhere small metadata on the CPU travel by gloo.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
@@ -79,7 +79,7 @@ def entered_by_first(ranks: Ranks, context: AbstractContextManager[T]) -> Iterat
                 value = stack.enter_context(context)
             except Exception as error:  # raised below, once the others know
                 failure = error
-        failed = any_of(failure is not None)[0]
+        failed = any_rank(failure is not None)[0]
         if failure:
             raise failure
         if failed:
@@ -98,7 +98,7 @@ def sum_over_ranks(values: Sequence[float]) -> list[float]:
     return total.tolist()
 
 
-def any_of(*flags: bool) -> list[bool]:
+def any_rank(*flags: bool) -> list[bool]:
     """For each flag whether any rank says yes; all ranks get the same answers, so that all stop at the same step."""
     return [total > 0 for total in sum_over_ranks([float(flag) for flag in flags])]
 
@@ -121,12 +121,12 @@ def gather_objects(value: T) -> list[T]:
     return values
 
 
-def from_first(value: T) -> T:
+def broadcast(value: T) -> T:
     """The first rank's value, on all ranks; what the others give is ignored. Slow: for rare events."""
     return gather_objects(value)[0]
 
 
-def copy_from_first(module: torch.nn.Module) -> None:
+def broadcast_buffers(module: torch.nn.Module) -> None:
     """Give every rank the first rank's buffers (running statistics), as the reference kept one GPU's."""
     if dist.is_initialized():
         for buffer in module.buffers():

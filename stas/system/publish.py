@@ -76,7 +76,7 @@ def building(output: Output, patience: float = math.inf, keep: bool = False) -> 
         yield None
         return
     check_replaceable(final, output.kind)
-    with lock(paths.lock(final), patience) as held:
+    with lock(paths.lock_file(final), patience) as held:
         partial = _beside(final, hashlib.sha256(_as_json(output.key).encode()).hexdigest()[:12], "partial")
         _remove_leftovers(final, partial if keep and not is_finished(output) else None)
         if is_finished(output):
@@ -103,9 +103,9 @@ def write_manifest(directory: Path, output: Output, finished: bool = True, **con
         **content: what the manifest says besides.
     """
     files = {str(path.relative_to(directory)): path.stat().st_size for path in _files(directory)}
-    files.pop(paths.manifest(directory).name, None)
+    files.pop(paths.manifest_file(directory).name, None)
     head = {"format": FORMATS[output.kind], "kind": output.kind, "key": output.key if finished else None}
-    write_json(paths.manifest(directory), head | content | {"files": files})
+    write_json(paths.manifest_file(directory), head | content | {"files": files})
 
 
 def read_manifest(directory: Path, *kinds: Kind) -> dict[str, Any]:
@@ -118,9 +118,11 @@ def read_manifest(directory: Path, *kinds: Kind) -> dict[str, Any]:
     Raises:
         InputDataError: no manifest, or not one of these kinds in their present formats.
     """
-    content = read_json(paths.manifest(directory))
+    content = read_json(paths.manifest_file(directory))
     if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
-        raise InputDataError(f"{paths.manifest(directory)}: not a manifest: remove the directory and make it again")
+        raise InputDataError(
+            f"{paths.manifest_file(directory)}: not a manifest: remove the directory and make it again"
+        )
     kind, found = content.get("kind"), content.get("format")
     if kind not in kinds:
         raise InputDataError(f"{directory}: a {shown(kind)}, not a {' or '.join(kinds)}: name another")
@@ -145,7 +147,7 @@ def is_finished(output: Output) -> bool:
 def is_settled(output: Output) -> bool:
     """Whether the directory is finished, and nobody is at work, or was killed at work, beside it."""
     final = output.directory
-    locks = final.parent.glob(f"{glob.escape(paths.lock(final).name)}*")
+    locks = final.parent.glob(f"{glob.escape(paths.lock_file(final).name)}*")
     return is_finished(output) and not [*_left(final, "old"), *_left(final, "partial"), *locks]
 
 
@@ -169,7 +171,7 @@ def check_replaceable(directory: Path, kind: Kind) -> None:
     except InputDataError as error:
         raise UsageError(f"{directory}: not known to be a {kind} made by stas ({error}); {remedy}") from error
     recorded = content["files"]
-    names = {str(path.relative_to(directory)): path for path in found if path != paths.manifest(directory)}
+    names = {str(path.relative_to(directory)): path for path in found if path != paths.manifest_file(directory)}
     foreign = [name for name, path in names.items() if recorded.get(name) != path.stat().st_size]
     if foreign:
         raise UsageError(f"{directory}: holds what was added or changed since it was made ({named(foreign)}); {remedy}")
@@ -189,7 +191,7 @@ def _publish(partial: Path, output: Output) -> None:
     moment see none; `_remove_leftovers` brings the old one back if this process is killed then.
     """
     final, aside = output.directory, _beside(output.directory, uuid.uuid4().hex[:12], "old")
-    assert paths.manifest(partial).is_file(), "the block must write the manifest"
+    assert paths.manifest_file(partial).is_file(), "the block must write the manifest"
     sync_path(partial)
     while True:
         check_replaceable(output.directory, output.kind)
@@ -225,7 +227,7 @@ def _remove_leftovers(final: Path, keep: Path | None) -> None:
 def _resume(output: Output) -> None:
     """Make the partial directory, or take over what a killed process finished of it."""
     partial = output.directory
-    if paths.manifest(partial).exists() and not is_finished(output):  # an older one that had just been swapped out
+    if paths.manifest_file(partial).exists() and not is_finished(output):  # an older one that had just been swapped out
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
     for directory in (partial, *(path for path in partial.rglob("*") if path.is_dir())):

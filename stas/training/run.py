@@ -17,7 +17,7 @@ from stas.data.split import split_samples
 from stas.data.store import Store, open_store
 from stas.errors import StoppedEarly, UsageError
 from stas.models.checkpoint import fitting, load_newest, restore_optimizer
-from stas.models.network import Compiled, build_network
+from stas.models.network import Compiled, build_network, place
 from stas.paths import RunPaths, Workspace
 from stas.recipe import dump_recipe, parse_recipe
 from stas.system import distributed
@@ -32,7 +32,7 @@ COMPILE_WORTH = 600  # seconds left of a time limit below which compiling, which
 
 
 @dataclass
-class Progress:
+class TrainState:
     """Where a run stands. All of it is in the checkpoint."""
 
     epoch: int = 0  # epochs done
@@ -54,26 +54,26 @@ class Progress:
         return asdict(self) | {"loss_sum": distributed.gather(self.loss_sum)}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any], ranks: Ranks) -> "Progress":
+    def from_json(cls, values: dict[str, Any], ranks: Ranks) -> "TrainState":
         """From a checkpoint; with another number of ranks than it was made by, the first takes all of the sum."""
         sums = values["loss_sum"]
         mine = sums[ranks.rank] if len(sums) == ranks.size else sum(sums) if ranks.first else 0.0
         numbers = [*values.values(), *sums]
         numbers.remove(sums)
         if not all(type(number) in (int, float) and number >= 0 for number in numbers):
-            raise ValueError(f"progress {values} holds something else than numbers from 0 on")
+            raise ValueError(f"state {values} holds something else than numbers from 0 on")
         return replace(cls(**values), loss_sum=mine)
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingRun:
     """What stays the same during a run."""
 
     recipe: Recipe
-    run: RunPaths
+    paths: RunPaths
     ranks: Ranks
     store: Store
-    pixels: SampleCache
+    cache: SampleCache
     training: list[int]  # positions in the store
     validation: list[int]
     network: nn.Module
@@ -82,21 +82,21 @@ class Job:
     scaler: torch.amp.GradScaler
     loss: Callable[[Tensor, Tensor], Tensor]
 
-    def facts(self, progress: Progress) -> dict[str, Any]:
+    def metadata(self, state: TrainState) -> dict[str, Any]:
         """What a checkpoint says beside the tensors; every rank must call it."""
         return {
             "recipe": self.recipe.model_dump(mode="json"),
-            "run": self.run.root.name,
+            "run": self.paths.root.name,
             "store": self.store.key,
             "validation": [self.store.samples[index]["stem"] for index in self.validation],
-            "progress": progress.to_json(),
+            "state": state.to_json(),
             "scaler": self.scaler.state_dict(),
         }
 
 
 def set_up(
     recipe: Recipe, workspace: Workspace, paths: RunPaths, ranks: Ranks, limit: float = math.inf
-) -> tuple[Job, Progress]:
+) -> tuple[TrainingRun, TrainState]:
     """Build a run, or take it up from its newest checkpoint; `limit` is the seconds that all its parts may take.
 
     Raises:
@@ -108,13 +108,13 @@ def set_up(
     if len(set(distributed.gather_objects(saved and saved.sha256))) > 1:
         raise StoppedEarly(f"{paths.root}: not every rank could read the same newest checkpoint; the log says why")
     with fitting(paths.root):
-        progress = Progress.from_json(saved.facts["progress"], ranks) if saved else Progress()
+        state = TrainState.from_json(saved.metadata["state"], ranks) if saved else TrainState()
         if saved:
-            _check_same_recipe(recipe, parse_recipe(saved.facts["recipe"], str(paths.root)), paths)
+            _check_same_recipe(recipe, parse_recipe(saved.metadata["recipe"], str(paths.root)), paths)
     store = open_store(workspace, recipe.data)
-    if saved and saved.facts.get("store") != store.key:
+    if saved and saved.metadata.get("store") != store.key:
         raise UsageError(
-            f"{paths.root} was trained on store {saved.facts.get('store')}, the newest is {store.key}: "
+            f"{paths.root} was trained on store {saved.metadata.get('store')}, the newest is {store.key}: "
             "the data changed; begin a new run with --run"
         )
     training, validation = split_samples(store.samples, recipe.data.split)
@@ -123,16 +123,14 @@ def set_up(
     if saved:
         with fitting(paths.root):
             network.load_state_dict(saved.network)
-    network.to(ranks.device)
-    if recipe.train.channels_last:
-        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    place(network, ranks.device, recipe.train.channels_last)
     optimizer = build_optimizer(network.parameters(), recipe.optimizer)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=recipe.train.precision == "fp16")
     if saved:
         with fitting(paths.root):
             restore_optimizer(optimizer, saved.optimizer)
-            scaler.load_state_dict(saved.facts["scaler"])
-        log.info("%s: going on after epoch %d, step %d", paths.root, progress.epoch, progress.step)
+            scaler.load_state_dict(saved.metadata["scaler"])
+        log.info("%s: going on after epoch %d, step %d", paths.root, state.epoch, state.step)
     elif ranks.first:
         write_text(paths.recipe, dump_recipe(recipe))
         stems = {
@@ -141,21 +139,21 @@ def set_up(
         }
         write_json(paths.split, {"store": store.key} | stems)
     log.info("%s: %d ranks on %s", paths.root, ranks.size, ranks.device.type)
-    job = Job(
+    run = TrainingRun(
         recipe=recipe,
-        run=paths,
+        paths=paths,
         ranks=ranks,
         store=store,
-        pixels=SampleCache(store, training, ranks.device, recipe.data.size),
+        cache=SampleCache(store, training, ranks.device, recipe.data.size),
         training=training,
         validation=validation,
         network=network,
-        parallel=_parallel(network, recipe.train, ranks, limit - progress.elapsed),
+        parallel=_parallel(network, recipe.train, ranks, limit - state.elapsed),
         optimizer=optimizer,
         scaler=scaler,
         loss=build_loss(recipe.loss),
     )
-    return job, progress
+    return run, state
 
 
 def _parallel(network: nn.Module, train: Train, ranks: Ranks, left: float) -> nn.Module:

@@ -7,11 +7,11 @@ import torch
 from stas.models.predict import Settings, predict_logits, stored_picture
 from stas.results.metrics import confusion, dice
 from stas.system import distributed
-from stas.training.run import Job
+from stas.training.run import TrainingRun
 
 
 @torch.no_grad()
-def validate(job: Job, stop: Event) -> tuple[float, float] | None:
+def validate(run: TrainingRun, stop: Event) -> tuple[float, float] | None:
     """Mean over the validation images of loss and of Dice, both at each image's original size.
 
     Every rank takes its share and no image is counted twice. The reference averaged over batches, so that the images
@@ -19,21 +19,21 @@ def validate(job: Job, stop: Event) -> tuple[float, float] | None:
 
     Returns None as soon as `stop` is set on any rank, which is checked before each image.
     """
-    distributed.copy_from_first(job.network)
-    job.network.eval()
-    settings = Settings.of(job.recipe, tta=False)
+    distributed.broadcast_buffers(run.network)
+    run.network.eval()
+    settings = Settings.of(run.recipe, tta=False)
     losses = scores = 0.0
-    share = job.validation[job.ranks.rank :: job.ranks.size]
+    share = run.validation[run.ranks.rank :: run.ranks.size]
     # Shares differ by one image at most. Every rank makes the same number of rounds, so that all agree in each.
-    for turn in range(job.ranks.share(len(job.validation))):
-        if distributed.any_of(stop.is_set())[0]:
+    for turn in range(run.ranks.share(len(run.validation))):
+        if distributed.any_rank(stop.is_set())[0]:
             return None
         if turn == len(share):
             continue
-        logits = predict_logits(job.network, stored_picture(job.store, share[turn]), settings)
-        truth = job.store.full_mask(share[turn])
+        logits = predict_logits(run.network, stored_picture(run.store, share[turn]), settings)
+        truth = run.store.full_mask(share[turn])
         target = torch.from_numpy(truth).to(logits.device)
-        losses += job.loss(logits[None, None], target[None, None]).item()
+        losses += run.loss(logits[None, None], target[None, None]).item()
         scores += float(dice(confusion((logits > 0).cpu().numpy(), truth)))
     total_loss, total_dice, count = distributed.sum_over_ranks([losses, scores, len(share)])
     return total_loss / count, total_dice / count

@@ -24,7 +24,7 @@ from stas.data.store_file import environment
 from stas.data.store_writer import ABANDONED, build_store, make_record
 from stas.data.tiles import Box
 from stas.errors import InputDataError, UsageError
-from stas.paths import Workspace, manifest, store_data
+from stas.paths import Workspace, manifest_file, store_data
 from tests.support.stores import SIZE, SPEC, build, build_scaled, of_size, picture, scaled, source
 
 
@@ -316,11 +316,11 @@ def test_damaged_stores_are_refused(tmp_path):
     os.truncate(data, data.stat().st_size - 4096)
     with pytest.raises(InputDataError, match=r"data.mdb: \d+ bytes, the manifest says \d+: delete the store"):
         Store(store.directory)
-    text = manifest(store.directory).read_text()
-    manifest(store.directory).write_text(text.replace('"format": 2', '"format": 1'))
+    text = manifest_file(store.directory).read_text()
+    manifest_file(store.directory).write_text(text.replace('"format": 2', '"format": 1'))
     with pytest.raises(InputDataError, match="a store of format 1, but this version reads format 2: run `stas prepro"):
         Store(store.directory)
-    manifest(store.directory).write_text(text.replace('"format": 2', '"form": 2'))
+    manifest_file(store.directory).write_text(text.replace('"format": 2', '"form": 2'))
     with pytest.raises(InputDataError, match="a store of format None, but this version reads format 2"):
         Store(store.directory)
 

@@ -50,7 +50,7 @@ def test_network_and_optimizer_come_back_to_the_bit(tmp_path, name):
     network, optimizer = trained(name)
     save_checkpoint(tmp_path / "a.safetensors", take_snapshot(network, {"epoch": 3, "loss": 0.1}, optimizer))
     saved = load_checkpoint(tmp_path / "a.safetensors")
-    assert saved.facts == {"epoch": 3, "loss": 0.1}
+    assert saved.metadata == {"epoch": 3, "loss": 0.1}
     other, other_optimizer = trained(name, seed=1)
     other.load_state_dict(saved.network)
     restore_optimizer(other_optimizer, saved.optimizer)
@@ -67,8 +67,8 @@ def test_the_last_and_the_one_before_are_kept(tmp_path):
     assert load_newest(run) is None
     for epoch in range(3):
         save_last(run, take_snapshot(network, {"epoch": epoch}, optimizer))
-    assert load_checkpoint(run.checkpoint("last")).facts == {"epoch": 2}
-    assert load_checkpoint(run.checkpoint("previous")).facts == {"epoch": 1}
+    assert load_checkpoint(run.checkpoint("last")).metadata == {"epoch": 2}
+    assert load_checkpoint(run.checkpoint("previous")).metadata == {"epoch": 1}
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         "last.safetensors",
         "previous.safetensors",
@@ -103,12 +103,12 @@ def test_a_damaged_last_falls_back_to_the_one_before(tmp_path, damage, caplog):
     bad = DAMAGES[damage](last.read_bytes())
     last.write_bytes(bad)
     newest = load_newest(run)
-    assert newest is not None and newest.facts == {"epoch": 0}
+    assert newest is not None and newest.metadata == {"epoch": 0}
     (warning,) = caplog.records
     assert all(str(run.checkpoint(which)) in warning.getMessage() for which in ("last", "previous"))
     assert (last.parent / "last.damaged").read_bytes() == bad
     save_last(run, take_snapshot(network, {"epoch": 1}, optimizer))
-    assert load_checkpoint(run.checkpoint("previous")).facts == {"epoch": 0}  # the damaged one did not push it out
+    assert load_checkpoint(run.checkpoint("previous")).metadata == {"epoch": 0}  # the damaged one did not push it out
     for which in ("last", "previous"):
         run.checkpoint(which).write_bytes(b"")
     with pytest.raises(InputDataError, match=r"last.safetensors: not a readable checkpoint"):
@@ -171,13 +171,13 @@ def test_a_checkpoint_replaced_while_it_is_read_is_read_again(tmp_path, monkeypa
 
     monkeypatch.setattr(checkpoint, "_checked_sum", replace)
     loaded = load_checkpoint(path)
-    assert (loaded.facts, loaded.sha256) == ({"epoch": 2}, sha256(path))
+    assert (loaded.metadata, loaded.sha256) == ({"epoch": 2}, sha256(path))
 
 
 def test_a_writer_that_lost_the_runs_lock_writes_nothing(tmp_path):
     run = RunPaths(tmp_path / "run")
     network, optimizer = trained()
-    with pytest.raises(StoppedEarly, match="lost its lock"), lock(paths.lock(run.root)) as held:
+    with pytest.raises(StoppedEarly, match="lost its lock"), lock(paths.lock_file(run.root)) as held:
         writer = CheckpointWriter(run, held)
         held.path.unlink()
         writer.write(take_snapshot(network, {"epoch": 1}, optimizer), best=True)
@@ -192,7 +192,7 @@ def test_cut_off_between_the_renames_goes_on_from_the_newest(tmp_path):
     save_checkpoint(run.checkpoint("next"), take_snapshot(network, {"epoch": 1}, optimizer))
     run.checkpoint("last").rename(run.checkpoint("previous"))
     newest = load_newest(run)
-    assert newest is not None and newest.facts == {"epoch": 1}
+    assert newest is not None and newest.metadata == {"epoch": 1}
 
 
 def test_foreign_files_are_refused(tmp_path):

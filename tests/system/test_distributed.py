@@ -17,12 +17,12 @@ from stas.system import distributed
 with distributed.join_ranks() as ranks:
     norm = torch.nn.BatchNorm1d(2)
     norm.running_mean.fill_(ranks.rank + 5.0)
-    distributed.copy_from_first(norm)
+    distributed.broadcast_buffers(norm)
     said = {
         "rank": ranks.rank, "size": ranks.size, "first": ranks.first, "device": ranks.device.type,
         "sum": distributed.sum_over_ranks([ranks.rank + 1.0, 10.0]),
-        "second stops": distributed.any_of(ranks.rank == 1)[0],
-        "none stops": distributed.any_of(False)[0],
+        "second stops": distributed.any_rank(ranks.rank == 1)[0],
+        "none stops": distributed.any_rank(False)[0],
         "gathered": [distributed.gather(ranks.rank + 0.5), distributed.gather_objects("ab"[ranks.rank])],
         "mean": norm.running_mean.tolist(),
     }
@@ -34,7 +34,7 @@ def test_one_process_is_the_only_rank():
     with distributed.join_ranks() as ranks:
         assert (ranks.rank, ranks.size, ranks.first) == (0, 1, True)
         assert distributed.sum_over_ranks([1.5, 2.0]) == [1.5, 2.0]
-        assert distributed.any_of(True, False) == [True, False]
+        assert distributed.any_rank(True, False) == [True, False]
         assert distributed.gather(2.5) == [2.5] and distributed.gather_objects("a") == ["a"]
         distributed.barrier()
 

@@ -37,7 +37,7 @@ with lock(Path(sys.argv[1])):
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return paths.lock(tmp_path / "thing")
+    return paths.lock_file(tmp_path / "thing")
 
 
 def holder_process(path: Path) -> subprocess.Popen[str]:

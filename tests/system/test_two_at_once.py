@@ -116,7 +116,7 @@ def test_the_next_start_takes_over_from_a_killed_one(workspace, sample, tiny: Re
 def test_the_first_rank_takes_the_lock_and_the_others_learn_the_outcome(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    path = paths.lock(tmp_path / "run")
+    path = paths.lock_file(tmp_path / "run")
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, path]
 
     def said() -> list[str]:

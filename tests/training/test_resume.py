@@ -18,7 +18,7 @@ from stas.config import Recipe
 from stas.data.store import Store
 from stas.errors import EXIT_FAILED, EXIT_RESUMABLE, StoppedEarly, TrainingError
 from stas.models.checkpoint import load_checkpoint
-from stas.paths import RunPaths, Workspace, lock
+from stas.paths import RunPaths, Workspace, lock_file
 from stas.train import train
 from stas.training.metrics_log import read_metrics
 from tests.support.launch import PATIENCE, QUIET, started, stas, wait_until
@@ -34,10 +34,10 @@ def start(*arguments: object, ranks: int = 1) -> AbstractContextManager[subproce
 def position(run: RunPaths) -> tuple[int, int]:
     """Epochs done and steps of the next one, by the newest checkpoint."""
     try:
-        progress = load_checkpoint(run.checkpoint("last")).facts["progress"]
+        state = load_checkpoint(run.checkpoint("last")).metadata["state"]
     except ValueError:  # none yet, or it is just being replaced
         return (0, 0)
-    return progress["epoch"], progress["step"]
+    return state["epoch"], state["step"]
 
 
 def epochs_logged(run: RunPaths) -> int:
@@ -175,7 +175,7 @@ def test_the_scaler_of_fp16_resumes(store_workspace: Workspace, tiny: Recipe):
     train(recipe, store_workspace, "scaled-parts")
     assert_same_run(store_workspace.run("scaled-whole"), store_workspace.run("scaled-parts"))
     scalers = [load_checkpoint(store_workspace.run(f"scaled-{kind}").checkpoint("last")) for kind in ("whole", "parts")]
-    assert scalers[0].facts["scaler"] == scalers[1].facts["scaler"]
+    assert scalers[0].metadata["scaler"] == scalers[1].metadata["scaler"]
 
 
 def test_a_killed_rank_ends_the_others_and_the_log_names_it(store_workspace: Workspace, tiny: Recipe, tmp_path: Path):
@@ -243,7 +243,7 @@ def test_a_lost_rank_ends_one_that_hears_no_signal(
 def test_an_exception_is_logged_with_its_rank(tmp_path: Path):
     script = tmp_path / "fails.py"
     script.write_text(
-        "from stas import distributed\n"
+        "from stas.system import distributed\n"
         "with distributed.join_ranks() as ranks:\n"
         "    if ranks.rank == 1: raise KeyError('lost')\n"
         "    distributed.barrier()\n"
@@ -259,11 +259,11 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """Let the network give NaN in these steps of the run."""
     step, count = train_module.train_step, [0]
 
-    def with_poison(job, progress, batch, *rest):
+    def with_poison(run, state, batch, *rest):
         count[0] += 1
         if count[0] in steps:
             batch.low.fill_(torch.nan)  # from which the images are scaled
-        return step(job, progress, batch, *rest)
+        return step(run, state, batch, *rest)
 
     monkeypatch.setattr(train_module, "train_step", with_poison)
 
@@ -290,7 +290,7 @@ def test_a_bounded_number_of_bad_steps_is_skipped(
     train(recipe, store_workspace, "skipping")
     run = store_workspace.run("skipping")
     saved = load_checkpoint(run.checkpoint("last"))
-    assert saved.facts["progress"]["bad_steps"] == 2
+    assert saved.metadata["state"]["bad_steps"] == 2
     assert all(bool(value.isfinite().all()) for value in saved.network.values())
     assert len(run.bad_steps.read_text().splitlines()) == 2
     poisoned(monkeypatch, {1, 2, 3})
@@ -317,7 +317,7 @@ def test_two_trainings_of_one_run_take_turns(store_workspace: Workspace, tiny: R
     run = store_workspace.run("twice")
     with start(*again) as first, start(*again) as second:
         assert wait_for_epochs(first, run, 1)  # one of the two, whichever
-        holder = json.loads(lock(run.root).read_text())["pid"]
+        holder = json.loads(lock_file(run.root).read_text())["pid"]
         holding, waiting = (first, second) if holder == first.pid else (second, first)
         assert waiting.stderr
         said = next(line for line in waiting.stderr if "in use by" in line)
@@ -338,10 +338,10 @@ def test_a_training_that_lost_its_lock_writes_nothing_more(
     """As after a freeze of minutes: somebody else holds the run's lock by then."""
     run, ended = store_workspace.run("robbed"), train_module._end_epoch
 
-    def robbed(job, progress, clock, val_loss):
-        ended(job, progress, clock, val_loss)
-        if progress.epoch == 2:
-            file = lock(run.root)
+    def robbed(run, state, clock, val_loss):
+        ended(run, state, clock, val_loss)
+        if state.epoch == 2:
+            file = lock_file(run.paths.root)
             file.write_text(json.dumps(json.loads(file.read_text()) | {"token": "0" * 32}))
 
     monkeypatch.setattr(train_module, "_end_epoch", robbed)

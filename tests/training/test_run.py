@@ -15,45 +15,45 @@ from stas.paths import RunPaths, Workspace
 from stas.preprocess import preprocess
 from stas.recipe import parse_recipe
 from stas.system.distributed import Ranks
-from stas.training.run import Job, Progress, set_up
+from stas.training.run import TrainingRun, TrainState, set_up
 from tests.support.runs import changed
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
-HALFWAY = Progress(epoch=1, step=1, images=4, loss_sum=2.5, elapsed=30.0, best_loss=0.5, best_epoch=1, bad_steps=1)
+HALFWAY = TrainState(epoch=1, step=1, images=4, loss_sum=2.5, elapsed=30.0, best_loss=0.5, best_epoch=1, bad_steps=1)
 
 
-def saved(recipe: Recipe, workspace: Workspace, run: RunPaths) -> Job:
+def saved(recipe: Recipe, workspace: Workspace, paths: RunPaths) -> TrainingRun:
     """A run with a checkpoint after one step."""
-    job, _ = set_up(recipe, workspace, run, ALONE)
-    loss = job.loss(job.network(torch.rand(1, 3, 64, 64)), torch.ones(1, 1, 64, 64)).sum()
+    run, _ = set_up(recipe, workspace, paths, ALONE)
+    loss = run.loss(run.network(torch.rand(1, 3, 64, 64)), torch.ones(1, 1, 64, 64)).sum()
     loss.backward()
-    job.optimizer.step()
-    save_last(run, take_snapshot(job.network, job.facts(HALFWAY), job.optimizer))
-    return job
+    run.optimizer.step()
+    save_last(paths, take_snapshot(run.network, run.metadata(HALFWAY), run.optimizer))
+    return run
 
 
 def test_a_new_run_says_what_it_is(store_workspace: Workspace, tiny: Recipe):
-    run = store_workspace.run("new-job")
-    job, progress = set_up(tiny, store_workspace, run, ALONE)
-    assert progress == Progress()
-    assert parse_recipe(yaml.safe_load(run.recipe.read_text()), "written") == tiny
-    split = json.loads(run.split.read_text())
-    assert split["store"] == job.store.key
-    assert [job.store.samples[index]["stem"] for index in job.validation] == split["validation"]
-    assert sorted(job.training + job.validation) == list(range(len(job.store)))
+    paths = store_workspace.run("new-run")
+    run, state = set_up(tiny, store_workspace, paths, ALONE)
+    assert state == TrainState()
+    assert parse_recipe(yaml.safe_load(paths.recipe.read_text()), "written") == tiny
+    split = json.loads(paths.split.read_text())
+    assert split["store"] == run.store.key
+    assert [run.store.samples[index]["stem"] for index in run.validation] == split["validation"]
+    assert sorted(run.training + run.validation) == list(range(len(run.store)))
 
 
 def test_facts_make_the_run_again(store_workspace: Workspace, tiny: Recipe):
-    run = store_workspace.run("again-job")
-    job = saved(tiny, store_workspace, run)
-    facts = json.loads(json.dumps(job.facts(HALFWAY)))
-    assert parse_recipe(facts["recipe"], "facts") == tiny
-    assert Progress.from_json(facts["progress"], ALONE) == HALFWAY
-    again, progress = set_up(tiny, store_workspace, run, ALONE)
-    assert progress == HALFWAY and again.training == job.training
-    for name, value in job.network.state_dict().items():
+    paths = store_workspace.run("again-run")
+    run = saved(tiny, store_workspace, paths)
+    metadata = json.loads(json.dumps(run.metadata(HALFWAY)))
+    assert parse_recipe(metadata["recipe"], "metadata") == tiny
+    assert TrainState.from_json(metadata["state"], ALONE) == HALFWAY
+    again, state = set_up(tiny, store_workspace, paths, ALONE)
+    assert state == HALFWAY and again.training == run.training
+    for name, value in run.network.state_dict().items():
         assert torch.equal(again.network.state_dict()[name], value), name
-    for index, state in job.optimizer.state_dict()["state"].items():
+    for index, state in run.optimizer.state_dict()["state"].items():
         for key, value in state.items():
             assert torch.equal(
                 torch.as_tensor(again.optimizer.state_dict()["state"][index][key]), torch.as_tensor(value)
@@ -63,35 +63,35 @@ def test_facts_make_the_run_again(store_workspace: Workspace, tiny: Recipe):
 def test_a_sum_over_other_ranks_stays_the_same():
     values = HALFWAY.to_json() | {"loss_sum": [1.0, 2.0, 4.0]}
     device = torch.device("cpu")
-    assert [Progress.from_json(values, Ranks(rank, 3, device)).loss_sum for rank in range(3)] == [1.0, 2.0, 4.0]
-    assert [Progress.from_json(values, Ranks(rank, 2, device)).loss_sum for rank in range(2)] == [7.0, 0.0]
+    assert [TrainState.from_json(values, Ranks(rank, 3, device)).loss_sum for rank in range(3)] == [1.0, 2.0, 4.0]
+    assert [TrainState.from_json(values, Ranks(rank, 2, device)).loss_sum for rank in range(2)] == [7.0, 0.0]
     with pytest.raises(ValueError, match="something else than numbers"):
-        Progress.from_json(values | {"step": -1}, ALONE)
+        TrainState.from_json(values | {"step": -1}, ALONE)
 
 
 def test_another_recipe_is_refused(store_workspace: Workspace, tiny: Recipe):
-    run = store_workspace.run("other-job")
-    saved(tiny, store_workspace, run)
+    paths = store_workspace.run("other-run")
+    saved(tiny, store_workspace, paths)
     with pytest.raises(UsageError, match=r"loss\.bce: 1\.0 before, 0\.5 now\nGive the run another name with --run"):
-        set_up(changed(tiny, loss={"bce": 0.5}), store_workspace, run, ALONE)
+        set_up(changed(tiny, loss={"bce": 0.5}), store_workspace, paths, ALONE)
     for same in ({"infer": {"threshold": 0.3}}, {"train": {"epochs": 50}}):
-        assert set_up(changed(tiny, **same), store_workspace, run, ALONE)[1] == HALFWAY
+        assert set_up(changed(tiny, **same), store_workspace, paths, ALONE)[1] == HALFWAY
 
 
 def test_another_store_is_refused(sample: Path, tiny: Recipe, tmp_path: Path):
     workspace, fewer = Workspace(tmp_path / "workspace"), tmp_path / "fewer"
     preprocess([sample / "Train_Images"], [sample / "Train_Annotations"], workspace, tiny.data, workers=1)
-    run = workspace.run("moved")
-    key = saved(tiny, workspace, run).store.key
+    paths = workspace.run("moved")
+    key = saved(tiny, workspace, paths).store.key
     shutil.copytree(sample, fewer)
     for directory in ("Train_Images", "Train_Annotations"):
         min((fewer / directory).iterdir()).unlink()
     preprocess([fewer / "Train_Images"], [fewer / "Train_Annotations"], workspace, tiny.data, workers=1)
     with pytest.raises(UsageError, match=rf"trained on store {key}, the newest is .*the data changed"):
-        set_up(tiny, workspace, run, ALONE)
+        set_up(tiny, workspace, paths, ALONE)
 
 
 def test_a_run_ends_with_its_epochs_or_its_time():
-    assert not Progress(epoch=1, elapsed=50, epoch_seconds=49).ended(epochs=2, limit=100)
-    assert Progress(epoch=2).ended(epochs=2, limit=100)
-    assert Progress(epoch=1, elapsed=52, epoch_seconds=49).ended(epochs=2, limit=100), "another epoch would outrun it"
+    assert not TrainState(epoch=1, elapsed=50, epoch_seconds=49).ended(epochs=2, limit=100)
+    assert TrainState(epoch=2).ended(epochs=2, limit=100)
+    assert TrainState(epoch=1, elapsed=52, epoch_seconds=49).ended(epochs=2, limit=100), "another epoch would outrun it"
