@@ -12,7 +12,7 @@ from scripts.bench.site import Site, multiplied
 from stas import infer as stage
 from stas.data.images import list_images
 from stas.models.checkpoint import save_checkpoint, take_snapshot
-from stas.models.network import build_network
+from stas.models.network import build_network, place
 from stas.models.predict import Picture, Settings, predict_logits
 from stas.paths import Workspace
 from stas.recipe import load_recipe
