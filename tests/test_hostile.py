@@ -633,7 +633,7 @@ def test_crazy_page_numbers_do_not_end_the_process(sized: Store, part: str):
     place = {"root": newer + 128, "last page": newer + 136, "lower bound": page + 12, "first node": page + 16}
     struct.pack_into("<H" if part[0] in "lf" and part != "last page" else "<Q", data, place[part], 0xFFF0)
     path.write_bytes(data)
-    with pytest.raises(InputDataError, match="not a data file as LMDB writes it"):
+    with pytest.raises(InputDataError, match="not a data file written by LMDB"):
         read_store(sized)
 
 
@@ -656,17 +656,17 @@ def test_a_crafted_store_leads_nowhere_else(sized: Store, kind: str, name: str, 
 @pytest.mark.parametrize(
     ("change", "refusal"),
     [
-        ({"size": None}, "size None and scale None, where one of them must be given"),
-        ({"scale": 0.5}, r"size \(32, 40\) and scale 0.5, where one"),
+        ({"size": None}, "size None and scale None, but exactly one of them must be given"),
+        ({"scale": 0.5}, r"size \(32, 40\) and scale 0.5, but exactly one"),
         ({"size": None, "scale": 1.5}, "scale is 1.5, Input should be less than or equal to 1"),
-        ({"size": None, "scale": 1e-300}, r"sample s0 stored as \(32, 40\), where .* is stored as \(1, 1\)"),
-        ({"size": [64, 40]}, r"sample s0 stored as \(32, 40\), where .* is stored as \(64, 40\)"),
+        ({"size": None, "scale": 1e-300}, r"sample s0 is stored at 40 x 32 pixels .*, but .* at 1 x 1 pixels"),
+        ({"size": [64, 40]}, r"sample s0 is stored at 40 x 32 pixels .*, but .* at 40 x 64 pixels"),
         ({"size": [10**9, 10**9]}, "size.0 is 1000000000, Input should be less than or equal to 8192"),
         ({"labels": []}, "labels is "),
         ({"labels": ["STAS", "tissue"]}, "labels is "),
         ({"labels": ["../x"]}, "labels.0 is "),
-        ({"labels": ["tissue"]}, r"sample s0 with areas of .*STAS.*, where the labels are tissue"),
-        ({"stored": [65_535, 65_535]}, r"sample s0 stored as \(65535, 65535\)"),
+        ({"labels": ["tissue"]}, r"sample s0 has areas for .*STAS.*, but the labels are tissue"),
+        ({"stored": [65_535, 65_535]}, r"sample s0 is stored at 65535 x 65535 pixels"),
         ({"stored": [0, 40]}, "samples.0.stored.0 is 0"),
         ({"stored": [32]}, "samples.0.stored"),
         ({"areas": {"STAS": -1}}, "samples.0.areas.STAS is -1"),

@@ -381,22 +381,22 @@ BAD = [
     (links_in_a_circle, "not readable ("),
     (pipe, "not a regular file"),
     (hours_of_drawing, "too often to be drawn"),
-    (no_annotation, "no annotation of this stem"),
-    (no_image, "no image, neither of this stem, nor at imagePath 'bad.png'"),
-    (no_image_for_a_mask, "no image of this stem"),
+    (no_annotation, "no annotation with this stem"),
+    (no_image, "no image, neither with this stem, nor at imagePath 'bad.png'"),
+    (no_image_for_a_mask, "no image with this stem"),
     (truncated_jpeg, "truncated"),
     (deep_image, "image mode I;16 is not 8-bit"),
     (wrong_declared_size, "made for 40 x 60 pixels (width x height), but its image has 60 x 40"),
-    (two_points, "has 2 points and needs 3 or more"),
+    (two_points, "has 2 points but needs 3 or more"),
     (infinite_point, "not finite"),
-    (unknown_shape, "is of type 'mask', none of polygon"),
+    (unknown_shape, "is of type 'mask', not one of polygon"),
     (not_json, "not readable as JSON"),
     (damaged_embedded_image, "embedded image: not readable as an image"),
     (json_and_mask, "bad.json annotates the same image"),
     (mask_of_another_size, "made for 40 x 60 pixels"),
     (graded_mask, "values are not only 0 and one of 1, 255 and 65535"),
     (name_that_is_not_utf8, "its name is not UTF-8"),
-    (second_annotation, "is also that of"),
+    (second_annotation, "also belongs to"),
 ]
 
 
@@ -431,8 +431,8 @@ def test_annotations_that_are_one_name_elsewhere_are_both_refused(cases):
     cases.json("Bad", imagePath="../images/bad.png")
     message = cases.problem()
     assert "2 files cannot be used" in message
-    assert "Bad.json annotates the same image, the stem being the same but for case" in message
-    assert "bad.json annotates the same image, the stem being the same but for case" in message
+    assert "Bad.json annotates the same image, with the same stem (ignoring case" in message
+    assert "bad.json annotates the same image, with the same stem (ignoring case" in message
     assert [entry["stem"] for entry in cases.run(skip_bad=True).samples] == ["good", "more"]
 
 

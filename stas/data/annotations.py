@@ -1,4 +1,4 @@
-"""LabelMe annotations, version 3 to 5: read, validate, rasterise, and find the image they belong to.
+"""LabelMe annotations, version 3 to 5: read, validate and rasterise them, and find their images.
 
 Messages read 'file: what was found and required: remedy'.
 """
@@ -21,7 +21,7 @@ from stas.data.images import IMAGE_SUFFIXES, MAX_SIDE
 from stas.errors import InputDataError
 from stas.system.untrusted import parse_json, read_bounded, shown
 
-# Each shape type with the fewest and the most points it may have.
+# The fewest and the most points of each shape type.
 SHAPE_TYPES: dict[str, tuple[int, float]] = {
     "polygon": (3, math.inf),
     "rectangle": (2, 2),
@@ -30,14 +30,14 @@ SHAPE_TYPES: dict[str, tuple[int, float]] = {
     "linestrip": (2, math.inf),
     "point": (1, 1),
 }
-LINE_WIDTH = 10  # pixels, as LabelMe draws lines and line strips into a mask
-POINT_RADIUS = 5  # pixels, likewise
+LINE_WIDTH = 10  # pixels; LabelMe's width for lines and line strips in a mask
+POINT_RADIUS = 5  # pixels; LabelMe's radius for points
 MAX_COORDINATE = 100_000  # pixels; Pillow needs minutes for a circle of a million
-MAX_FILE_BYTES = 256 * 1024 * 1024  # images embedded in it included
-# Rows of pixels that the edges of one annotation's shapes may cross, and rows' worth of pixels that they fill: each
-# takes Pillow up to a microsecond. 10^6 points that follow an outline cross some 2 million; 10^5 nuclei as many.
+MAX_FILE_BYTES = 256 * 1024 * 1024  # including embedded images
+# Limit on the pixel rows that the edges of one annotation's shapes cross, plus the equivalent in pixels filled: each
+# takes Pillow up to a microsecond. 10^6 points along an outline cross about 2 million rows; so do 10^5 nuclei.
 MAX_DRAWING = 20_000_000
-FILLED_AT_ONCE = 4096  # pixels that are filled as fast as an edge crosses a row
+FILLED_AT_ONCE = 4096  # pixels filled in the time that an edge takes to cross a row
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +47,8 @@ class Shape:
     Attributes:
         label: the object's class.
         kind: one of SHAPE_TYPES.
-        points: (N, 2), float64, finite, x and y in pixels. A circle's are its centre and a point on its edge,
-            a rectangle's two opposite corners.
+        points: (N, 2), float64, finite, x and y in pixels. A circle has its centre and a point on its edge; a
+            rectangle has two opposite corners.
     """
 
     label: str
@@ -58,10 +58,10 @@ class Shape:
 
 @dataclass(frozen=True, eq=False)
 class Annotation:
-    """What a LabelMe file says.
+    """The content of a LabelMe file.
 
     Attributes:
-        shapes: the objects, of every label.
+        shapes: the objects of all labels.
         size: (height, width) in pixels after EXIF orientation; LabelMe before 3.16 did not write it.
         image_path: the image's path as written, often relative to the annotation, and not to be trusted.
         image_data: the bytes of the embedded image file.
@@ -74,7 +74,7 @@ class Annotation:
 
     @property
     def labels(self) -> Counter[str]:
-        """How many shapes each label has."""
+        """The number of shapes of each label."""
         return Counter(shape.label for shape in self.shapes)
 
 
@@ -82,17 +82,17 @@ def read_labelme(path: Path) -> Annotation:
     """Read and validate a LabelMe JSON file.
 
     Raises:
-        InputDataError: not readable, not LabelMe's structure, an unknown shape type, too few or too many points
-            for the type, or points that are not finite; names file, shape and value.
+        InputDataError: the file is not readable or not LabelMe's structure, or a shape has an unknown type, too few
+            or too many points for its type, or points that are not finite; names file, shape and value.
     """
     content = read_bounded(path, MAX_FILE_BYTES)
     try:
         values = parse_json(content)
     except ValueError as error:
         raise InputDataError(f"{path}: not readable as JSON ({error}): save it again with LabelMe") from error
-    del content  # which may be the greater part of this process's memory
+    del content  # may be most of this process's memory
     if not isinstance(values, dict) or not isinstance(values.get("shapes"), list):
-        raise InputDataError(f"{path}: no list of 'shapes', so not a LabelMe annotation: take it out of the directory")
+        raise InputDataError(f"{path}: no list of 'shapes', so not a LabelMe annotation: move it out of the directory")
     image_path = values.get("imagePath")
     if not (image_path is None or isinstance(image_path, str)):
         raise InputDataError(f"{path}: imagePath {shown(image_path)} is not text: save it again with LabelMe")
@@ -107,26 +107,26 @@ def read_labelme(path: Path) -> Annotation:
 def rasterise(
     shapes: Sequence[Shape], size: tuple[int, int], label: str, source: Path | None = None
 ) -> NDArray[np.bool_]:
-    """Draw the shapes of one label as LabelMe's own `shape_to_mask` draws each, all on one Pillow canvas.
+    """Draw the shapes of one label on one Pillow canvas, each as LabelMe's own `shape_to_mask` does.
 
     Args:
-        shapes: shapes of other labels are passed over.
+        shapes: shapes of other labels are ignored.
         size: (height, width) of the image in pixels.
         label: the label that is foreground.
-        source: the annotation, named in an error.
+        source: the annotation, named in errors.
 
     Returns:
-        (height, width), bool, the union of the shapes; what lies outside of the image is cut off.
+        (height, width), bool, the union of the shapes, clipped to the image.
 
     Raises:
-        InputDataError: to draw them all takes longer than MAX_DRAWING allows, which is half a minute.
+        InputDataError: drawing them all would take longer than MAX_DRAWING allows, which is half a minute.
     """
     height, width = size
     drawn = [shape for shape in shapes if shape.label == label]
     if sum(_drawing(shape, size) for shape in drawn) > MAX_DRAWING:
         points = sum(len(shape.points) for shape in drawn)
         raise InputDataError(
-            f"{source or 'annotation'}: {len(drawn)} shapes of {points} points that cross an image of {width} x "
+            f"{source or 'annotation'}: {len(drawn)} shapes with {points} points cross an image of {width} x "
             f"{height} pixels too often to be drawn: simplify them, or annotate with a mask PNG"
         )
     canvas = Image.new("L", (width, height))
@@ -139,17 +139,17 @@ def rasterise(
 def find_image(annotation_path: Path, annotation: Annotation, images: Sequence[Path]) -> Path | bytes | None:
     """Find the image an annotation was drawn on.
 
-    In this order: an image of the annotation's stem in a directory of `images`; the annotation's imagePath, which may
-    hold '..', be absolute or a Windows path, if it leads to a file inside of one of `images` or of the annotation's own
-    directory; its bare name in one of `images`; the embedded image.
+    In this order: an image with the annotation's stem in one of `images`; the annotation's imagePath, which may contain
+    '..', be absolute or be a Windows path, if it leads to a file inside one of `images` or the annotation's own
+    directory; the bare file name of imagePath in one of `images`; the embedded image.
 
     Args:
-        annotation_path: where the annotation was read.
+        annotation_path: the annotation's file.
         annotation: its content.
         images: directories of images.
 
     Returns:
-        A file, the bytes of the embedded image file, or None if there is neither.
+        A file, the bytes of the embedded image file, or None if there is no image.
     """
     for directory in images:
         for suffix in IMAGE_SUFFIXES:
@@ -166,13 +166,13 @@ def find_image(annotation_path: Path, annotation: Annotation, images: Sequence[P
 
 
 def _drawing(shape: Shape, size: tuple[int, int]) -> float:
-    """How long a shape takes to draw, in units of an edge that crosses a row of pixels."""
+    """The time to draw a shape, in units of one edge crossing one row of pixels."""
     low, high = shape.points.min(axis=0), shape.points.max(axis=0)
     rows = np.clip(shape.points[:, 1], -1, size[0])
     if shape.kind in ("circle", "point"):
         radius = float(np.hypot(*(shape.points[-1] - shape.points[0]))) or POINT_RADIUS
         low, high = shape.points[0] - radius, shape.points[0] + radius
-        crossed = 2 * radius  # Pillow walks around all of it, also outside of the image
+        crossed = 2 * radius  # Pillow follows the whole outline, even outside the image
     elif shape.kind == "polygon":
         crossed = float(np.abs(np.diff(rows, append=rows[:1])).sum()) + len(rows)
     else:
@@ -190,7 +190,7 @@ def _draw(draw: ImageDraw.ImageDraw, shape: Shape) -> None:
         draw.rectangle([*map(float, low), *map(float, high)], outline=1, fill=1)
     elif shape.kind == "circle":
         (x, y), (edge_x, edge_y) = points
-        radius = math.sqrt((x - edge_x) ** 2 + (y - edge_y) ** 2)  # not hypot, which rounds otherwise than LabelMe
+        radius = math.sqrt((x - edge_x) ** 2 + (y - edge_y) ** 2)  # not hypot, which rounds differently from LabelMe
         draw.ellipse([x - radius, y - radius, x + radius, y + radius], outline=1, fill=1)
     elif shape.kind == "point":
         ((x, y),) = points
@@ -201,20 +201,20 @@ def _draw(draw: ImageDraw.ImageDraw, shape: Shape) -> None:
 
 
 def _shape(where: str, value: Any) -> Shape:
-    """Validate one entry of 'shapes'; `where` is the beginning of an error."""
+    """Validate one entry of 'shapes'; `where` begins its error messages."""
     if not isinstance(value, dict) or not isinstance(value.get("label"), str):
         raise InputDataError(f"{where} has no label: save it again with LabelMe")
-    kind = value.get("shape_type") or "polygon"  # LabelMe before 3.5 knew nothing else and did not write it
+    kind = value.get("shape_type") or "polygon"  # LabelMe before 3.5 had only polygons and did not write the type
     if not isinstance(kind, str) or kind not in SHAPE_TYPES:
         raise InputDataError(
-            f"{where} is of type {shown(kind)}, none of {', '.join(SHAPE_TYPES)}: draw it as one of these"
+            f"{where} is of type {shown(kind)}, not one of {', '.join(SHAPE_TYPES)}: draw it as one of these"
         )
     points = _points(where, value.get("points"))
     fewest, most = SHAPE_TYPES[kind]
     if not fewest <= len(points) <= most:
         needed = f"{fewest} or more" if most == math.inf else f"exactly {fewest}"
         raise InputDataError(
-            f"{where}, a {kind}, has {len(points)} points and needs {needed}: draw it anew or delete it"
+            f"{where}, a {kind}, has {len(points)} points but needs {needed}: draw it again or delete it"
         )
     return Shape(value["label"], kind, points)
 
@@ -224,10 +224,10 @@ def _points(where: str, value: Any) -> NDArray[np.float64]:
         raise InputDataError(f"{where} has no list of points: save it again with LabelMe")
     for point in value:
         if not (isinstance(point, list) and len(point) == 2 and all(type(number) in (int, float) for number in point)):
-            raise InputDataError(f"{where} has the point {shown(point)}, not a pair of numbers: draw it anew")
-        if not all(abs(number) <= MAX_COORDINATE for number in point):  # false for NaN, too
+            raise InputDataError(f"{where} has the point {shown(point)}, not a pair of numbers: draw it again")
+        if not all(abs(number) <= MAX_COORDINATE for number in point):  # also false for NaN
             raise InputDataError(
-                f"{where} has the point {shown(point)}, not finite and within {MAX_COORDINATE} pixels: draw it anew"
+                f"{where} has the point {shown(point)}, not finite and within {MAX_COORDINATE} pixels: draw it again"
             )
     return np.array(value, np.float64).reshape(-1, 2)
 
@@ -248,7 +248,7 @@ def _embedded_image(path: Path, value: Any) -> bytes | None:
     if value is None or value == "":
         return None
     try:
-        # Not split and joined: white space between single letters would take fifty times their memory.
+        # Not split and join: with a blank after every letter, that would take fifty times the memory.
         return base64.b64decode(value.encode("ascii").translate(None, b" \t\r\n\v\f"), validate=True)
     except (AttributeError, binascii.Error, ValueError) as error:
         raise InputDataError(f"{path}: imageData is not base64 ({error}): save it again with LabelMe") from error
@@ -257,14 +257,14 @@ def _embedded_image(path: Path, value: Any) -> bytes | None:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):  # an impossible file name
         return False
 
 
 def _contained(base: Path, written: str, images: Sequence[Path]) -> Path | None:
-    """The file that `written`, seen from `base`, names, if it lies in `base` or one of `images`, its links followed.
+    """The file `written`, relative to `base`, if it is inside `base` or one of `images` after following links.
 
-    Decided by the words first: to look at a path outside, on a share that is mounted by being looked at, is a read.
+    Compares the text of the paths first: even a `stat` of a path outside could mount a network share.
     """
     try:
         within = [directory.resolve() for directory in (*images, base)]
@@ -274,6 +274,6 @@ def _contained(base: Path, written: str, images: Sequence[Path]) -> Path | None:
             resolved = path.resolve()
             if any(resolved.is_relative_to(place) for place in within):
                 return path
-    except (OSError, ValueError, RuntimeError):  # a name that no file can have, or links in a circle
+    except (OSError, ValueError, RuntimeError):  # an impossible file name, or a loop of links
         pass
     return None

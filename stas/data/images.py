@@ -1,4 +1,4 @@
-"""Reading and writing pictures: RGB images, masks and probabilities."""
+"""Read and write RGB images, masks and probabilities."""
 
 import io
 import unicodedata
@@ -14,16 +14,16 @@ from stas.system.files import atomic_write
 from stas.system.untrusted import check_file, read_bounded
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
-# What Pillow may take a file for, whatever its suffix: of the others, one hands the file to an interpreter (EPS).
+# The formats that Pillow may detect, whatever the suffix: of the others, EPS would hand the file to an interpreter.
 _FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")
-# A decompression bomb's size, not a micrograph's. One image takes up to 20 bytes a pixel while it is read: 2.5 GiB.
+# Anything larger is a decompression bomb, not a micrograph. Reading takes up to 20 bytes a pixel: 2.5 GiB.
 MAX_PIXELS = 128 * 1024 * 1024
-MAX_SIDE = 65_535  # pixels, the longest that JPEG knows; resizing a strip of a hundred million takes minutes
+MAX_SIDE = 65_535  # pixels, the maximum of JPEG; resizing a strip of a hundred million takes minutes
 MAX_IMAGE_BYTES = 512 * 1024 * 1024  # of the file
-MAX_SCANS = 200  # of a progressive JPEG, which has 10; each empty one costs as much time as a whole image
-MAX_STEM_BYTES = 150  # in UTF-8: 255 are allowed, and temporary names are longer
-Image.MAX_IMAGE_PIXELS = None  # checked here instead, before decoding and with our own message
-# How each EXIF orientation is undone.
+MAX_SCANS = 200  # a progressive JPEG normally has 10; each empty one takes as long as a whole image
+MAX_STEM_BYTES = 150  # in UTF-8: file names may have 255, and temporary names are longer
+Image.MAX_IMAGE_PIXELS = None  # we check it ourselves, before decoding and with our own message
+# The operation that undoes each EXIF orientation.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -33,19 +33,19 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-SAME_NAME = " but for case or the form of accents"
+SAME_NAME = " (ignoring case and how accents are encoded)"
 _EIGHT_BIT_MODES = ("RGB", "L", "P", "1", "CMYK", "YCbCr", "RGBA", "LA")
 
 
 def list_images(directory: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> dict[str, Path]:
-    """The images of a directory by stem, in sorted order of the stems.
+    """The images of a directory by stem, sorted by stem.
 
     Raises:
-        InputDataError: no such directory, no image in it, two images with one stem, or with stems that differ only in
-            case or in how an accent is written, or a stem of more than MAX_STEM_BYTES.
+        InputDataError: the directory is missing or has no image, two images have the same stem, or stems that differ
+            only in case or in how accents are encoded, or a stem has more than MAX_STEM_BYTES.
     """
     if not directory.is_dir():
-        raise InputDataError(f"{directory}: not a directory; give the directory that holds the images")
+        raise InputDataError(f"{directory}: not a directory; name the directory that contains the images")
     found: dict[str, Path] = {}
     folded: dict[str, Path] = {}
     for path in sorted(directory.iterdir()):
@@ -54,9 +54,9 @@ def list_images(directory: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> 
         check_stem(path)
         other = folded.setdefault(fold(path.stem), path)
         if other != path:
-            but = "" if other.stem == path.stem else SAME_NAME
+            note = "" if other.stem == path.stem else SAME_NAME
             raise InputDataError(
-                f"{directory}: {other.name} and {path.name} share the stem {path.stem!r}{but}, "
+                f"{directory}: {other.name} and {path.name} share the stem {path.stem!r}{note}, "
                 "which names their masks: rename one"
             )
         found[path.stem] = path
@@ -66,35 +66,35 @@ def list_images(directory: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> 
 
 
 def fold(stem: str) -> str:
-    """A stem as file systems see it that are blind to case or to the form of accents (macOS, Windows, shares)."""
+    """A stem as seen by file systems that ignore case or how accents are encoded (macOS, Windows, network shares)."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", stem).casefold())
 
 
 def is_plain_stem(stem: object) -> bool:
-    """Whether a stem that stands in a manifest names a file in a directory, and none outside of it."""
+    """Whether a stem from a manifest names a file inside a directory, not outside it."""
     if not isinstance(stem, str) or not stem or stem.startswith(".") or set(stem) & {"/", "\0"}:
         return False
     return len(stem.encode(errors="surrogatepass")) <= MAX_STEM_BYTES
 
 
 def check_stem(path: Path) -> None:
-    """Refuse a name whose mask could not be written.
+    """Refuse an image whose name is too long for its mask to be written.
 
     Raises:
         InputDataError: the stem has more than MAX_STEM_BYTES.
     """
     length = len(path.stem.encode(errors="surrogateescape"))
     if length > MAX_STEM_BYTES:
-        raise InputDataError(f"{path}: a stem of {length} bytes, more than {MAX_STEM_BYTES}: rename it")
+        raise InputDataError(f"{path}: the stem has {length} bytes, more than {MAX_STEM_BYTES}: rename it")
 
 
 def read_image(source: Path | bytes) -> NDArray[np.uint8]:
-    """Read an image as LabelMe shows it: EXIF orientation applied, any 8-bit mode turned into RGB.
+    """Read an image as LabelMe shows it: with EXIF orientation applied and any 8-bit mode converted to RGB.
 
-    Transparency is dropped, not blended. 16-bit and floating-point images are refused by mode.
+    Transparency is dropped, not blended. 16-bit and floating-point images are refused.
 
     Args:
-        source: a file, or the bytes of one.
+        source: a file, or its bytes.
 
     Returns:
         RGB array, (height, width, 3), uint8.
@@ -114,7 +114,7 @@ def read_image(source: Path | bytes) -> NDArray[np.uint8]:
 def image_size(source: Path | bytes) -> tuple[int, int]:
     """(height, width) in pixels after EXIF orientation, without decoding the pixels."""
     image = _open(source, decode=False)
-    if image.format == "TIFF":  # which Pillow turns itself, its size before or when the pixels are decoded
+    if image.format == "TIFF":  # Pillow applies its orientation itself, and may change the size only on decoding
         image = _open(source)
     width, height = image.size
     turned = _orientation(source, image) in (5, 6, 7, 8)
@@ -122,19 +122,19 @@ def image_size(source: Path | bytes) -> tuple[int, int]:
 
 
 def stated_size(source: Path | bytes) -> tuple[int, int]:
-    """(height, width) in pixels before EXIF orientation, from the file's head alone."""
+    """(height, width) in pixels before EXIF orientation, from the file's header alone."""
     image = _open(source, decode=False)
     return image.height, image.width
 
 
 def grey_size(path: Path) -> tuple[int, int]:
-    """(height, width) of what `read_grey` returns, from the file's head; `image_size` decodes a PNG to find EXIF."""
+    """(height, width) of the array `read_grey` returns, from the header; `image_size` decodes a PNG to find EXIF."""
     image = _open(path, decode=False, formats=("PNG",))
     return image.height, image.width
 
 
 def read_grey(path: Path) -> NDArray[np.uint8] | NDArray[np.uint16]:
-    """Read a single-channel PNG of another maker as it stands: (height, width), uint8 or uint16.
+    """Read a single-channel PNG from any program, values unchanged: (height, width), uint8 or uint16.
 
     Modes 1, L, P, RGB, LA and RGBA become 8-bit luminance (transparency ignored); 16-bit grey stays 16-bit.
     """
@@ -145,7 +145,7 @@ def read_grey(path: Path) -> NDArray[np.uint8] | NDArray[np.uint16]:
     if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
         values = np.asarray(image)
         if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
-            raise InputDataError(f"{path}: values outside 0 to 65535: save it as 8-bit or 16-bit grey")
+            raise InputDataError(f"{path}: has values outside 0 to 65535: save it as 8-bit or 16-bit grey")
         return values.astype(np.uint16)
     if image.mode not in _EIGHT_BIT_MODES:
         raise InputDataError(f"{path}: image mode {image.mode} cannot be read as a mask: save it as 8-bit grey")
@@ -153,7 +153,7 @@ def read_grey(path: Path) -> NDArray[np.uint8] | NDArray[np.uint16]:
 
 
 def read_member_mask(path: Path, threshold: float | None = None) -> tuple[NDArray[np.bool_], bool]:
-    """Read a mask of any maker: mode 1, L, P, RGB(A) or 16-bit grey.
+    """Read a mask from any program: mode 1, L, P, RGB(A) or 16-bit grey.
 
     Args:
         path: the mask.
@@ -162,8 +162,8 @@ def read_member_mask(path: Path, threshold: float | None = None) -> tuple[NDArra
 
     Returns:
         mask: (height, width), bool.
-        graded: no threshold was given and the values are not only 0 and one of 1, 255 and 65535, so that
-            "above 0" was a choice, to be told to people (`log_graded`).
+        graded: no threshold was given and the values are not only 0 and one of 1, 255 and 65535, so "above 0" was a
+            choice that the user should know about (`log_graded`).
     """
     values = read_grey(path)
     if threshold is not None:
@@ -172,15 +172,15 @@ def read_member_mask(path: Path, threshold: float | None = None) -> tuple[NDArra
 
 
 def is_graded(values: NDArray[np.uint8] | NDArray[np.uint16]) -> bool:
-    """Whether there are other values than 0 and 1, or than 0 and the highest of the type."""
-    signed = values.view(np.int8 if values.dtype == np.uint8 else np.int16)  # in which the highest is -1
+    """Whether there are values other than 0 and 1, or 0 and the maximum of the type."""
+    signed = values.view(np.int8 if values.dtype == np.uint8 else np.int16)  # the maximum becomes -1
     if signed.min(initial=0) >= -1 and signed.max(initial=0) <= 0:
         return False
     return bool(values.max(initial=0) > 1)
 
 
 def write_mask(path: Path, mask: NDArray[np.bool_], synced: bool = True) -> None:
-    """Write a (height, width) mask atomically as 8-bit L PNG with 0 and 255; `synced` as of `atomic_write`."""
+    """Write a (height, width) mask atomically as 8-bit L PNG with 0 and 255; for `synced` see `atomic_write`."""
     content = encode_mask(mask)
     with atomic_write(path, synced) as file:
         file.write(content)
@@ -189,7 +189,7 @@ def write_mask(path: Path, mask: NDArray[np.bool_], synced: bool = True) -> None
 def write_probability(path: Path, probability: NDArray[np.float32], synced: bool = True) -> None:
     """Write (height, width) probabilities in [0, 1] atomically as 16-bit grey PNG, 65535 for 1.
 
-    Halves are rounded down, so that a stored value is above 32767 exactly where the probability is above 0.5.
+    Halves are rounded down, so a stored value is above 32767 exactly if the probability is above 0.5.
     """
     scaled = np.ceil(probability.astype(np.float64) * 65535 - 0.5).astype(np.uint16)
     with atomic_write(path, synced) as file:
@@ -209,34 +209,33 @@ def _open(source: Path | bytes, decode: bool = True, formats: tuple[str, ...] = 
                 "cut it into tiles"
             )
         if min(width, height) < 1:
-            raise InputDataError(f"{name}: {width} x {height} pixels, nothing to see: export it again")
+            raise InputDataError(f"{name}: {width} x {height} pixels, so it is empty: export it again")
         if decode:
             _check_scans(source, image)
             image.load()
     except InputDataError:
         raise
-    except Exception as error:  # Pillow raises many kinds from damaged files: OSError, SyntaxError, struct.error, ...
+    except Exception as error:  # Pillow raises many types for damaged files: OSError, SyntaxError, struct.error, ...
         raise InputDataError(f"{name}: not readable as an image ({error}): export it again") from error
     return image
 
 
 def _check_scans(source: Path | bytes, image: Image.Image) -> None:
-    """Count the scans of a JPEG, whose markers cannot stand within compressed data."""
+    """Refuse a JPEG with too many scans. Their markers cannot occur within compressed data, so they can be counted."""
     if image.format not in ("JPEG", "MPO"):
         return
     scans = (source if isinstance(source, bytes) else source.read_bytes()).count(b"\xff\xda")
     if scans > MAX_SCANS:
-        raise InputDataError(f"{_name(source)}: a JPEG of {scans} scans, more than {MAX_SCANS}: export it again")
+        raise InputDataError(f"{_name(source)}: a JPEG with {scans} scans, more than {MAX_SCANS}: export it again")
 
 
 def _orientation(source: Path | bytes, image: Image.Image) -> int:
-    """EXIF's number, 1 to 8, for how an image lies on its side or back; 1 where it says nothing."""
+    """The EXIF orientation, 1 to 8; 1 if there is none."""
     try:
         value = image.getexif().get(0x0112, 1)
-    except Exception as error:  # as many kinds as from damaged images
+    except Exception as error:  # as many types as for damaged images
         raise InputDataError(
-            f"{_name(source)}: its EXIF data are not readable ({error}), so which side is up is not known: "
-            "export it again"
+            f"{_name(source)}: its EXIF data are not readable ({error}), so its orientation is unknown: export it again"
         ) from error
     return value if isinstance(value, int) else 1
 

@@ -1,4 +1,4 @@
-"""Annotations and the images they belong to, found by name and hashed, before any is decoded."""
+"""Pair annotations with their images by name, and hash both, before any is decoded."""
 
 import hashlib
 import json
@@ -19,12 +19,12 @@ from stas.system.resources import cores
 from stas.system.threads import bar
 from stas.system.untrusted import check_file, shown
 
-AT_ONCE = 1000  # files handed to threads: what waits for its turn takes 2 KiB
+AT_ONCE = 1000  # files handed to threads at a time: each waiting one takes 2 KiB
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """An annotation (LabelMe JSON or mask PNG) and its image; None for one that is embedded in the JSON."""
+    """An annotation (LabelMe JSON or mask PNG) and its image; None if the image is embedded in the JSON."""
 
     annotation: Path
     image: Path | None
@@ -33,7 +33,7 @@ class Pair:
 
     @property
     def stem(self) -> str:
-        """The sample's name, which is the annotation's and mostly the image's, too."""
+        """The sample's name: the stem of the annotation, and usually of the image too."""
         return self.annotation.stem
 
 
@@ -42,20 +42,20 @@ def find_pairs(images: Sequence[Path], annotations: Sequence[Path]) -> tuple[lis
 
     Args:
         images: directories of images.
-        annotations: directories of LabelMe JSON files and mask PNGs. In one that is also a directory of images, a PNG
-            is an image.
+        annotations: directories of LabelMe JSON files and mask PNGs. If one is also a directory of images, its PNGs
+            are images.
 
     Returns:
-        The pairs in sorted order of their stems, and the files that have no partner or cannot be read.
+        The pairs sorted by stem, and the files that have no partner or cannot be read.
 
     Raises:
-        InputDataError: a directory is missing, there is no annotation, or two directories have the same stem.
+        InputDataError: a directory is missing, there is no annotation, or two directories contain the same stem.
     """
     image_files = _by_stem(images, _list_pictures)
     annotation_files, double = _list_annotations(annotations, {directory.resolve() for directory in images})
     if not annotation_files and not double:
         where = ", ".join(map(str, annotations))
-        raise InputDataError(f"{where}: no annotation in it: give the directory with LabelMe JSON files or mask PNGs")
+        raise InputDataError(f"{where}: no annotation in it: name the directory with LabelMe JSON files or mask PNGs")
 
     def resolve(stem: str) -> Pair | Skipped:
         try:
@@ -63,7 +63,7 @@ def find_pairs(images: Sequence[Path], annotations: Sequence[Path]) -> tuple[lis
         except (InputDataError, OSError) as error:
             return skipped(annotation_files[stem], error)
 
-    with ThreadPoolExecutor(min(8, cores())) as threads:  # reading and hashing, for which Python's lock is released
+    with ThreadPoolExecutor(min(8, cores())) as threads:  # reading and hashing release the GIL
         stems = list(annotation_files)
         blocks = (stems[first : first + AT_ONCE] for first in range(0, len(stems), AT_ONCE))
         results = chain.from_iterable(threads.map(resolve, block) for block in blocks)
@@ -71,9 +71,9 @@ def find_pairs(images: Sequence[Path], annotations: Sequence[Path]) -> tuple[lis
     pairs, twice = _one_annotation_each([pair for pair in found if isinstance(pair, Pair)])
     bad = [*double.values(), *(entry for entry in found if not isinstance(entry, Pair)), *twice]
     used = {_resolved(pair.image) for pair in pairs if pair.image}
-    remedy = "annotate it (a LabelMe file without shapes says that there is nothing to find) or take it out"
+    remedy = "annotate it (a LabelMe file without shapes means that there is no foreground) or move it away"
     bad += [
-        skipped(path, InputDataError(f"{path}: no annotation of this stem: {remedy}"))
+        skipped(path, InputDataError(f"{path}: no annotation with this stem: {remedy}"))
         for stem, path in image_files.items()
         if stem not in annotation_files and stem not in double and _resolved(path) not in used
     ]
@@ -81,7 +81,7 @@ def find_pairs(images: Sequence[Path], annotations: Sequence[Path]) -> tuple[lis
 
 
 def store_key(spec: StoreSpec, pairs: Sequence[Pair], bad: Sequence[Skipped]) -> str:
-    """The name of the store that these inputs make: 20 hexadecimal digits of a SHA-256."""
+    """The name of the store built from these inputs: 20 hexadecimal digits of a SHA-256."""
     content = {
         "format": FORMATS["store"],
         "spec": asdict(spec),
@@ -92,7 +92,7 @@ def store_key(spec: StoreSpec, pairs: Sequence[Pair], bad: Sequence[Skipped]) ->
 
 
 def pair_hashes(annotation: Path, image: Path | None, content: Annotation | None) -> tuple[str, str]:
-    """SHA-256 of the annotation's file and of the image, which is embedded in `content` if it is not a file."""
+    """SHA-256 of the annotation's file and of the image, which is embedded in `content` unless it is a file."""
     if image is not None:
         return sha256(annotation), sha256(image)
     assert content is not None
@@ -101,11 +101,11 @@ def pair_hashes(annotation: Path, image: Path | None, content: Annotation | None
 
 
 def skipped(file: Path, error: Exception) -> Skipped:
-    """An error as a manifest's entry. Messages of InputDataError read 'file: reason: remedy'."""
-    reason, remedy = f"not readable ({error})", "look at its permissions and its disk"
+    """Turn an error into a manifest's entry. Messages of InputDataError read 'file: reason: remedy'."""
+    reason, remedy = f"not readable ({error})", "check its permissions and its disk"
     if isinstance(error, InputDataError):
         reason, _, remedy = str(error).removeprefix(f"{file}: ").rpartition(": ")
-    # A name that is not UTF-8 cannot stand in JSON, and a reason may hold another file's.
+    # JSON cannot contain a name that is not UTF-8, and a reason may quote another file's name.
     name, reason = (text.encode(errors="backslashreplace").decode() for text in (str(file), reason))
     return Skipped(file=name, reason=reason, remedy=remedy)
 
@@ -114,16 +114,16 @@ def _pair(annotation: Path, image: Path | None, images: Sequence[Path]) -> Pair:
     """Find and hash the image of an annotation, given the image file of its stem if there is one."""
     _check_utf8(annotation, annotation)
     check_stem(annotation)
-    check_file(annotation, MAX_FILE_BYTES)  # before it is hashed, which never ends for a pipe
+    check_file(annotation, MAX_FILE_BYTES)  # before hashing, which never ends for a pipe
     content = None
     if image is None:
         if annotation.suffix.lower() != ".json":
-            raise InputDataError(f"{annotation}: no image of this stem: put it into {images[0]}")
+            raise InputDataError(f"{annotation}: no image with this stem: put it into {images[0]}")
         content = read_labelme(annotation)
         found = find_image(annotation, content, images)
         if found is None:
             raise InputDataError(
-                f"{annotation}: no image, neither of this stem, nor at imagePath {shown(content.image_path)} within "
+                f"{annotation}: no image, neither with this stem, nor at imagePath {shown(content.image_path)} within "
                 f"the given directories, nor embedded: put it into {images[0]}"
             )
         image = found if isinstance(found, Path) else None
@@ -134,7 +134,7 @@ def _pair(annotation: Path, image: Path | None, images: Sequence[Path]) -> Pair:
 
 
 def _check_utf8(annotation: Path, file: Path) -> None:
-    """Refuse an annotation if the name of `file`, it or its image, cannot stand in a manifest."""
+    """Refuse an annotation if the name of `file` (itself or its image) cannot be written to a manifest."""
     try:
         file.name.encode()
     except UnicodeEncodeError:
@@ -143,7 +143,7 @@ def _check_utf8(annotation: Path, file: Path) -> None:
 
 
 def _resolved(path: Path) -> Path:
-    """The path with its links followed; as it is where they lead in a circle."""
+    """The path with its links followed; unchanged if they form a loop."""
     try:
         return path.resolve()
     except (OSError, RuntimeError):
@@ -151,35 +151,35 @@ def _resolved(path: Path) -> Path:
 
 
 def _one_annotation_each(found: Sequence[Pair]) -> tuple[list[Pair], list[Skipped]]:
-    """Refuse an image's second annotation, with which it could stand in training and validation at once."""
+    """Refuse an image's second annotation: the image could end up in both training and validation."""
     pairs: list[Pair] = []
     bad: list[Skipped] = []
     annotated: dict[Path, Path] = {}
-    # An annotation of the image's own stem comes first.
+    # An annotation with the image's own stem comes first.
     for pair in sorted(found, key=lambda pair: (pair.image is not None and pair.image.stem != pair.stem, pair.stem)):
         first = annotated.setdefault(_resolved(pair.image), pair.annotation) if pair.image else pair.annotation
         if first == pair.annotation:
             pairs.append(pair)
         else:
-            reason = f"its image {pair.image} is also that of {first}"
+            reason = f"its image {pair.image} also belongs to {first}"
             bad.append(skipped(pair.annotation, InputDataError(f"{reason}: keep one of the two annotations")))
     return sorted(pairs, key=lambda pair: pair.stem), bad
 
 
 def _list_pictures(directory: Path) -> dict[str, Path]:
-    """The images of a directory, which may be none where they are embedded in the annotations."""
+    """The images of a directory. It may have none, because images can be embedded in the annotations."""
     if directory.is_dir() and not any(path.suffix.lower() in IMAGE_SUFFIXES for path in directory.iterdir()):
         return {}
     return list_images(directory)
 
 
 def _list_annotations(directories: Sequence[Path], images: set[Path]) -> tuple[dict[str, Path], dict[str, Skipped]]:
-    """The annotations by stem, sorted, and apart from them those of which there are two kinds for one stem."""
+    """The annotations sorted by stem, and separately those whose stem has two kinds of annotation."""
     bad: dict[str, Skipped] = {}
 
     def listing(directory: Path) -> dict[str, Path]:
         if not directory.is_dir():
-            raise InputDataError(f"{directory}: not a directory: give the directory that holds the annotations")
+            raise InputDataError(f"{directory}: not a directory: name the directory that contains the annotations")
         suffixes = (".json",) if directory.resolve() in images else (".json", ".png")
         found: dict[str, Path] = {}
         folded: dict[str, Path] = {}
@@ -188,9 +188,9 @@ def _list_annotations(directories: Sequence[Path], images: set[Path]) -> tuple[d
                 continue
             other = folded.setdefault(fold(path.stem), path)
             if other != path:
-                but = "" if other.stem == path.stem else f", the stem being the same{SAME_NAME}"
-                for one, two in ((path, other), (other, path)):  # one entry, for `path`, where the stems are equal
-                    error = InputDataError(f"{two.name} annotates the same image{but}: keep one of the two")
+                note = "" if other.stem == path.stem else f", with the same stem{SAME_NAME}"
+                for one, two in ((path, other), (other, path)):  # one entry, for `path`, if the stems are equal
+                    error = InputDataError(f"{two.name} annotates the same image{note}: keep one of the two")
                     bad.setdefault(one.stem, skipped(one, error))
             found[path.stem] = path
         return found
@@ -207,9 +207,9 @@ def _by_stem(directories: Sequence[Path], listing: Callable[[Path], dict[str, Pa
         before = dict(folded)
         for stem, path in listing(directory).items():
             if other := before.get(fold(stem)):
-                but = "" if other.stem == stem else SAME_NAME
+                note = "" if other.stem == stem else SAME_NAME
                 raise InputDataError(
-                    f"{other} and {path} share the stem {stem!r}{but}, which names a sample: rename one"
+                    f"{other} and {path} share the stem {stem!r}{note}, which names a sample: rename one"
                 )
             folded[fold(stem)] = files[stem] = path
     return files

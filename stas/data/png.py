@@ -1,6 +1,6 @@
-"""PNG of the plainest kind, 8-bit grey without filters, in a tenth of the time that Pillow takes.
+"""Read and write the simplest PNG, 8-bit grey without filters, in a tenth of the time that Pillow takes.
 
-Pillow tries every filter on each row of pixels, which gains nothing on a mask: it is long runs of 0 and 255.
+Pillow tries every filter on each row of pixels, which gains nothing on a mask: masks are long runs of 0 and 255.
 """
 
 import struct
@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from stas.data.deflate import pack, unpack
 
 _HEADER = struct.Struct(">IIBBBBB")
-_PLAIN = [8, 0, 0, 0, 0]  # after width and height: bits, grey, the only compression and kind of filters, no interlacing
+_PLAIN = [8, 0, 0, 0, 0]  # after width and height: bits, grey, the only compression and filter method, no interlacing
 
 
 def encode_mask(mask: NDArray[np.bool_]) -> bytes:
-    """A mask, (height, width), as 8-bit grey PNG of 0 and 255."""
+    """Encode a mask, (height, width), as 8-bit grey PNG of 0 and 255."""
     height, width = mask.shape
     rows = np.empty((height, width + 1), np.uint8)
     rows[:, 0] = 0  # a row's first byte is its filter: none
@@ -25,9 +25,9 @@ def encode_mask(mask: NDArray[np.bool_]) -> bytes:
 
 
 def decode_grey(data: bytes, most: int, side: int) -> NDArray[np.uint8] | None:
-    """The image of a whole and sound PNG as `encode_mask` makes it, (height, width), not writable.
+    """Decode an intact PNG of the form that `encode_mask` writes: (height, width), read-only.
 
-    None for all others, and for one of more than `most` pixels or with a longer `side`: Pillow says what it is.
+    None for any other file, or with more than `most` pixels or a side longer than `side`: left to Pillow.
     """
     header, compressed = data[16:29], data[41:-16]
     if len(header) != _HEADER.size:
@@ -36,7 +36,7 @@ def decode_grey(data: bytes, most: int, side: int) -> NDArray[np.uint8] | None:
     if kind != _PLAIN or not 0 < width * height <= most or max(width, height) > side:
         return None
     length = height * (width + 1)
-    if len(compressed) > 2 * length + 64 or data != _file(header, compressed):  # which compares the checksums, too
+    if len(compressed) > 2 * length + 64 or data != _file(header, compressed):  # also compares the checksums
         return None
     rows = unpack(compressed, length)
     if rows is None or rows[:: width + 1].any():

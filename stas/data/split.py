@@ -1,7 +1,7 @@
-"""Which samples are for training and which for validation.
+"""Split samples into training and validation.
 
-Random choices are made by hashing seed and stem, so that they depend neither on the order of the samples nor on a
-library's generator, and adding a sample moves few of the others.
+Random choices hash the seed and the stem, so they depend neither on the order of the samples nor on a library's
+generator, and adding a sample moves few of the others.
 """
 
 import hashlib
@@ -24,10 +24,10 @@ def split_samples(samples: Sequence[Sample], split: Split) -> tuple[list[int], l
         split: the recipe's section.
 
     Returns:
-        Positions in `samples` for training and for validation, each in sorted order of the stems.
+        Positions in `samples` for training and for validation, each sorted by stem.
 
     Raises:
-        UsageError: nothing is left for one of the two, or the list file is missing or names an unknown stem.
+        UsageError: training or validation would be empty, or the list file is missing or names an unknown stem.
     """
     order = sorted(range(len(samples)), key=lambda index: samples[index]["stem"])
     if split.kind == "first":
@@ -54,7 +54,7 @@ def split_samples(samples: Sequence[Sample], split: Split) -> tuple[list[int], l
 
 
 def _fold(samples: Sequence[Sample], split: Split) -> set[int]:
-    """Go through the samples by foreground area, `folds` at a time, and deal each such hand out to the folds."""
+    """The samples of one fold: in order of foreground area, each group of `folds` samples is dealt out at random."""
     by_area = sorted(range(len(samples)), key=lambda index: (samples[index]["area"], samples[index]["stem"]))
     chosen: set[int] = set()
     for start in range(0, len(by_area), split.folds):
@@ -65,17 +65,17 @@ def _fold(samples: Sequence[Sample], split: Split) -> set[int]:
 
 
 def _draw(seed: int, stem: str) -> bytes:
-    """A number that looks random and is always the same for a seed and a stem."""
+    """A pseudorandom value that depends only on the seed and the stem."""
     return hashlib.sha256(f"{seed} {stem}".encode()).digest()
 
 
 def _listed(file: Path, known: set[str]) -> set[str]:
-    """The stems in a list file, one a line; empty lines and lines that begin with # are passed over."""
+    """The stems in a list file, one per line; empty lines and lines that begin with # are ignored."""
     try:
         lines = [line.strip() for line in read_bounded(file, MAX_LIST_BYTES).decode("utf-8").splitlines()]
     except ValueError as error:
         raise UsageError(
-            f"data.split.file {file}: not readable ({error}): give a UTF-8 text file, one stem a line"
+            f"data.split.file {file}: not readable ({error}): use a UTF-8 text file, one stem per line"
         ) from error
     stems = {line for line in lines if line and not line.startswith("#")}
     unknown = sorted(stems - known)
@@ -83,6 +83,6 @@ def _listed(file: Path, known: set[str]) -> set[str]:
         raise UsageError(
             f"data.split.file {file}: {len(unknown)} of {len(stems)} stems are not in the store "
             f"({', '.join(map(shown, unknown[:5]))}{', ...' if len(unknown) > 5 else ''}): "
-            "write one stem a line, without suffix"
+            "write one stem per line, without suffix"
         )
     return stems

@@ -1,9 +1,9 @@
 """The store: an immutable, content-addressed LMDB file of samples, with a manifest.
 
-For each sample: the image as it is stored (raw uint8 RGB) and, for each label, the mask of the same shape (uint8, the
-covered share of each pixel times 255) and the mask at the image's own size (one bit a pixel, packed and compressed).
+Each sample has the stored image (raw uint8 RGB) and, for each label, the mask of the same shape (uint8, the covered
+share of each pixel times 255) and the mask at the image's own size (one bit a pixel, packed and compressed).
 
-Image and mask are one record for each tile, because py-lmdb touches every page of a record that it gives.
+Each tile of an image or mask is its own record, because py-lmdb touches every page of a record that it returns.
 """
 
 import glob
@@ -32,13 +32,13 @@ from stas.system.untrusted import shown
 
 
 class Store:
-    """A finished store, opened in each process when it is first read, so that it may be forked and pickled.
+    """A finished store. Each process opens it on first read, so it can be forked and pickled.
 
     Attributes:
-        directory: where it is.
+        directory: its location.
         key: its content key.
-        spec: its labels, and the size or the scale of its images and masks.
-        samples: one entry for each sample, in sorted order of the stems.
+        spec: its labels, and the size or scale of its images and masks.
+        samples: one entry per sample, sorted by stem.
         skipped: the files that could not be used when it was built.
     """
 
@@ -47,11 +47,11 @@ class Store:
 
         Args:
             directory: the store.
-            network: whether it is on a network file system; found out if None.
+            network: whether it is on a network file system; detected if None.
 
         Raises:
-            InputDataError: no manifest, one of another version or not of a store, or a data file of another size than
-                it says.
+            InputDataError: the manifest is missing, of another version or not a store's, or the data file does not
+                have the size it records.
         """
         self.directory = directory
         content, self.spec = read_store_manifest(directory)
@@ -61,7 +61,7 @@ class Store:
         data = store_data(directory)
         found = data.stat().st_size if data.is_file() else 0
         if found != self._bytes:
-            raise InputDataError(f"{data}: {found} bytes, the manifest says {self._bytes}: {MAKE_AGAIN}")
+            raise InputDataError(f"{data}: {found} bytes, but the manifest says {self._bytes}: {MAKE_AGAIN}")
         self._file: Path | None = None
 
     def __len__(self) -> int:
@@ -75,7 +75,7 @@ class Store:
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """(height, width) in pixels of every image and mask; None where each sample has a shape of its own."""
+        """(height, width) in pixels of every image and mask; None if each sample has its own shape."""
         return self.spec.size
 
     def shape(self, index: int) -> tuple[int, int]:
@@ -83,7 +83,7 @@ class Store:
         return self._sample(index)["stored"]
 
     def image(self, index: int, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
-        """The stored image: RGB, (H, W, 3), uint8, writable; copied to `out` where it is given."""
+        """The stored image: RGB, (H, W, 3), uint8, writable; copied to `out` if given."""
         return self._pixels(index, "image", (3,), None, out)
 
     def mask(self, index: int, out: NDArray[np.uint8] | None = None, label: str | None = None) -> NDArray[np.uint8]:
@@ -91,8 +91,8 @@ class Store:
 
         Args:
             index: the sample.
-            out: (H, W), uint8; where it is given, the mask is copied there.
-            label: by default the store's only one.
+            out: (H, W), uint8; if given, the mask is copied there.
+            label: by default the store's only label.
         """
         return self._pixels(index, mask_part(label or self.label), (), None, out)
 
@@ -103,23 +103,23 @@ class Store:
         out: tuple[NDArray[np.uint8], NDArray[np.uint8]] | None = None,
         label: str | None = None,
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """A rectangle of the stored image and mask, read without the tiles that it does not lie on.
+        """Read a rectangle of the stored image and mask, touching only the tiles it overlaps.
 
         Args:
             index: the sample.
             box: the rectangle, which must lie within the stored image.
-            out: (h, w, 3) and (h, w) of the box, uint8; where they are given, the pixels are copied there.
-            label: of the mask, by default the store's only one.
+            out: (h, w, 3) and (h, w) of the box, uint8; if given, the pixels are copied there.
+            label: of the mask, by default the store's only label.
 
         Returns:
-            The image, (h, w, 3), and the mask, (h, w), as `image` and `mask` give them.
+            The image, (h, w, 3), and the mask, (h, w), in the form of `image` and `mask`.
 
         Raises:
-            IndexError: the box does not lie within the stored image.
+            IndexError: the box is not within the stored image.
         """
         shape = self.shape(index)
         if not box.within(whole(shape)):
-            raise IndexError(f"{box} of sample {index}, which has {shape[0]} x {shape[1]} pixels")
+            raise IndexError(f"{box} of sample {index}, which has {shape[1]} x {shape[0]} pixels (width x height)")
         image, mask = out or (None, None)
         image = self._pixels(index, "image", (3,), box, image)
         return image, self._pixels(index, mask_part(label or self.label), (), box, mask)
@@ -134,10 +134,10 @@ class Store:
         return np.unpackbits(packed, count=shape[0] * shape[1]).view(np.bool_).reshape(shape)
 
     def verify(self) -> None:
-        """Compare every record with its hash in the manifest.
+        """Check every record against its hash in the manifest.
 
         Raises:
-            InputDataError: names the first damaged sample.
+            InputDataError: a sample is damaged; names the first one.
         """
         for index, sample in enumerate(self.samples):
             parts = [self.image(index)]
@@ -147,7 +147,7 @@ class Store:
                 raise InputDataError(f"{self.directory}: sample {sample['stem']} is damaged: {MAKE_AGAIN}")
 
     def close(self) -> None:
-        """Let go of the data file; it is opened again when it is read."""
+        """Close the data file; the next read opens it again."""
         if self._file is not None:
             close(self._file)
 
@@ -159,9 +159,9 @@ class Store:
     def _pixels(
         self, index: int, part: str, channels: tuple[int, ...], box: Box | None, out: NDArray[np.uint8] | None
     ) -> NDArray[np.uint8]:
-        """Copy an image or a mask, or a rectangle of one out of its tiles without touching the pages of others."""
+        """Copy an image or a mask, or a rectangle of one, without touching the pages of tiles outside it."""
         shape = self.shape(index)
-        if box is None and self.spec.size:  # all that is read while training on whole images: one tile
+        if box is None and self.spec.size:  # training on whole images always comes here: one tile
             return self._read(index, f"{part}/0/0", (*shape, *channels), out=out)
         box = box or whole(shape)
         if out is None:
@@ -180,7 +180,7 @@ class Store:
         slices: tuple[slice, ...] = (),
         out: NDArray[np.uint8] | None = None,
     ) -> NDArray[np.uint8]:
-        """Copy a record, or the `slices` of one of this shape."""
+        """Copy a record, or `slices` of it when viewed in `shape`."""
         stem = self._sample(index)["stem"]
         if self._file is None:
             self._file = self._local_file()
@@ -190,7 +190,7 @@ class Store:
                 if data is None or (shape is not None and len(data) != math.prod(shape)):
                     found = "no" if data is None else f"{len(data)} instead of {math.prod(shape or ())} bytes of"
                     raise InputDataError(f"{self.directory}: sample {stem} has {found} {part}: {MAKE_AGAIN}")
-                pixels = np.frombuffer(data, np.uint8)  # copied, as the buffer ends with the transaction
+                pixels = np.frombuffer(data, np.uint8)  # copied below, because the buffer ends with the transaction
                 pixels = pixels.reshape(shape or -1)[slices]
                 if out is None:
                     return pixels.copy()
@@ -201,7 +201,7 @@ class Store:
             raise InputDataError(f"{self.directory}: sample {stem} is not readable ({error}): {MAKE_AGAIN}") from error
 
     def _local_file(self) -> Path:
-        """The data file where LMDB may map it."""
+        """The data file on a disk where LMDB may map it."""
         data = store_data(self.directory)
         if not (on_network(self.directory) if self._network is None else self._network):
             return data.resolve()
@@ -209,7 +209,7 @@ class Store:
 
 
 def pointer(workspace: Workspace, spec: StoreSpec) -> Path:
-    """The file that names the newest store that is made for this."""
+    """The file that names the newest store for `spec`."""
     return workspace.dataset("+".join(spec.labels), spec.form)
 
 
@@ -218,26 +218,26 @@ def open_store(workspace: Workspace, data: Data) -> Store:
 
     Raises:
         UsageError: there is none.
-        InputDataError: the pointer to it or the store is damaged, or of an earlier version.
+        InputDataError: the pointer or the store is damaged, or the store is of an earlier version.
     """
     spec = store_spec(data)
     path = pointer(workspace, spec)
     if not path.is_file():
         raise UsageError(
-            f"{path}: no store of {spec}: run `stas preprocess` with the same --workspace, --recipe and --set"
+            f"{path}: no store with {spec}: run `stas preprocess` with the same --workspace, --recipe and --set"
         )
     content = read_json(path)
     key = content.get("store") if isinstance(content, dict) else None
-    if not is_plain_stem(key):  # a path would lead out of the workspace
+    if not is_plain_stem(key):  # a path could lead out of the workspace
         raise InputDataError(f"{path}: names no store ({shown(key)}): delete it and run `stas preprocess` again")
     store = Store(workspace.store(str(key)))
     if store.spec != spec:
-        raise InputDataError(f"{path}: names a store of {store.spec}: delete it and run `stas preprocess` again")
+        raise InputDataError(f"{path}: names a store with {store.spec}: delete it and run `stas preprocess` again")
     return store
 
 
 def point_to(workspace: Workspace, store: Store) -> None:
-    """Make `store` the one that `open_store` finds for what it is made for."""
+    """Make `store` the one that `open_store` opens for its spec."""
     path = pointer(workspace, store.spec)
     if points_to(path, store.key) and not list(path.parent.glob(f".{glob.escape(path.name)}.*")):
         return

@@ -1,11 +1,11 @@
-"""A store's data file as LMDB may map it: on local disk, checked page by page, opened once in each process.
+"""A store's data file, safe for LMDB to map: on local disk, checked page by page, opened once per process.
 
-LMDB maps its file into memory, which its documentation forbids on remote file systems: there the file is copied to
-local disk before it is read.
+LMDB maps its file into memory, which its documentation forbids on remote file systems. There the file is first copied
+to local disk.
 
-LMDB trusts what it maps: one wrong page number ends the process with a signal. So the pages are walked as plain bytes
-first. This is a defence against stores that strangers made to do harm: the manifest's hashes find damage, but a
-stranger writes the manifest, too.
+LMDB trusts the file it maps: one wrong page number kills the process with a signal. So the pages are first checked as
+plain bytes. This protects against malicious stores: the manifest's hashes find damage, but an attacker also writes the
+manifest.
 """
 
 import fcntl
@@ -34,10 +34,10 @@ _opening = threading.Lock()
 
 
 def environment(file: Path) -> lmdb.Environment:
-    """The process's environment for a file: LMDB allows one, and none that was opened before a fork.
+    """This process's environment for a file: LMDB allows one per process, and not one opened before a fork.
 
     Raises:
-        InputDataError: the file is not what LMDB writes.
+        InputDataError: the file was not written by LMDB.
     """
     process, opened = _environments.get(file, (0, None))
     if opened is not None and process == os.getpid():
@@ -47,7 +47,7 @@ def environment(file: Path) -> lmdb.Environment:
         if opened is not None and process == os.getpid():
             return opened
         if opened is not None:
-            opened.close()  # the parent's own stays open
+            opened.close()  # the parent's own copy stays open
             del _environments[file]
         opened = _open(file)
         _environments[file] = (os.getpid(), opened)
@@ -55,7 +55,7 @@ def environment(file: Path) -> lmdb.Environment:
 
 
 def close(file: Path) -> None:
-    """Let go of a file; `environment` opens it again."""
+    """Close a file; `environment` opens it again."""
     with _opening:
         _, opened = _environments.pop(file, (0, None))
         if opened is not None:
@@ -63,41 +63,41 @@ def close(file: Path) -> None:
 
 
 def local_copy(data: Path, key: str, size: int) -> Path:
-    """A node-local copy of a data file on a network file system, which is read once in sequence.
+    """A node-local copy of a data file on a network file system, made in one sequential read.
 
     Args:
         data: the file.
         key: its store's key, which names the copy.
-        size: its bytes; a copy of another size is made again.
+        size: its size in bytes; a copy of another size is replaced.
 
     Raises:
-        UsageError: no room for it.
+        UsageError: not enough space for it.
     """
     cache = _cache()
     copy = cache.resolve() / f"{key}.mdb"
     with (cache / f"{key}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # all ranks of a node come at once, and one copy is enough
+        fcntl.flock(lock, fcntl.LOCK_EX)  # all ranks of a node arrive together, and one copy is enough
         if not copy.is_file() or copy.stat().st_size != size:
-            log.info("copying %s to %s, because LMDB must not be read on a network file system", data, copy)
+            log.info("copying %s to %s, because LMDB must not read from a network file system", data, copy)
             remove_leftovers(cache, f".{copy.name}.*.tmp")
             try:
                 copy_file(data, copy)
             except OSError as error:
                 raise UsageError(
-                    f"{data}: cannot be copied to {copy} ({error}): give a roomy local disk with STAS_CACHE_DIR"
+                    f"{data}: cannot be copied to {copy} ({error}): set STAS_CACHE_DIR to a larger local disk"
                 ) from error
     return copy
 
 
 def local_disk() -> Path:
-    """A directory on local disk, where LMDB may work."""
+    """A directory on local disk, where LMDB can work."""
     directory = cache_directory() or Path(tempfile.gettempdir())
     directory.mkdir(parents=True, exist_ok=True)
     return directory
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file from end to end, atomically."""
+    """Copy a file sequentially and atomically."""
     with source.open("rb") as file, atomic_write(target) as copy:
         shutil.copyfileobj(file, copy, COPY_BLOCK)
 
@@ -106,7 +106,7 @@ def _open(file: Path) -> lmdb.Environment:
     _check_pages(file)
     try:
         # Samples are read in any order, but each is megabytes in one piece: without readahead, a store that is not
-        # in memory yet comes page by page, 16 times as slowly.
+        # yet in memory is read page by page, 16 times as slowly.
         return lmdb.open(str(file), subdir=False, readonly=True, lock=False, readahead=True)
     except (lmdb.Error, OSError) as error:
         raise InputDataError(f"{file}: not readable as a store's data ({error}): {MAKE_AGAIN}") from error
@@ -115,14 +115,14 @@ def _open(file: Path) -> lmdb.Environment:
 def _check_pages(file: Path) -> None:
     """Refuse a file that LMDB must not map. The file must not change while it is open.
 
-    A walk takes a millisecond a sample, so a good file is remembered by its inode, size and times. No changed or
-    foreign file can have the same ones, because the kernel sets the last of the times.
+    The check takes a millisecond a sample, so a good file is remembered by its inode, size and times. No changed or
+    foreign file can have the same ones, because the kernel sets the change time.
     """
     mark = _mark(file)
     if mark and mark.exists():
         return
     if problem := _first_problem(file):
-        raise InputDataError(f"{file}: not a data file as LMDB writes it ({problem}): {MAKE_AGAIN}")
+        raise InputDataError(f"{file}: not a data file written by LMDB ({problem}): {MAKE_AGAIN}")
     try:
         if mark:
             mark.touch()
@@ -131,7 +131,7 @@ def _check_pages(file: Path) -> None:
 
 
 def _mark(file: Path) -> Path | None:
-    """The empty file that says `file` was checked; None where nothing can be written."""
+    """The empty file that marks `file` as checked; None if nothing can be written."""
     try:
         cache = _cache()
     except OSError:
@@ -142,12 +142,12 @@ def _mark(file: Path) -> Path | None:
 
 
 def _first_problem(file: Path) -> str | None:
-    """What py-lmdb's own verifier, which reads the pages as plain bytes, finds wrong with them."""
+    """The first problem found by py-lmdb's own verifier, which reads the pages as plain bytes."""
     try:
         problems = verify(str(file), subdir=False)
     except (VerifyError, OSError) as error:
         return str(error)
-    except Exception as error:  # a gap in the verifier is a damaged file, too
+    except Exception as error:  # if the verifier itself fails, the file is damaged too
         return f"{type(error).__name__}: {error}"
     return str(problems[0]) if problems else None
 

@@ -1,10 +1,10 @@
-"""What a store's manifest says, read as a stranger's file."""
+"""Read a store's manifest, without trusting it."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
-from typing_extensions import TypedDict  # which pydantic can validate before Python 3.12
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from stas.data.images import MAX_PIXELS, MAX_SIDE, is_plain_stem
 from stas.data.store_file import MAKE_AGAIN
@@ -15,18 +15,18 @@ from stas.system.files import read_json
 from stas.system.publish import FORMATS
 from stas.system.untrusted import shown
 
-MAX_STORED_SIDE = 8192  # pixels, the largest that a recipe may ask for
+MAX_STORED_SIDE = 8192  # pixels, the most that a recipe may ask for
 
 
 def _plain_stem(stem: str) -> str:
-    """A stem that names a file in a directory, and none outside of it."""
+    """Refuse a stem that could name a file outside its directory."""
     if not is_plain_stem(stem):
         raise ValueError("not the stem of a file in one directory")
     return stem
 
 
 Stem = Annotated[str, AfterValidator(_plain_stem)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}$")]  # of a file or a part of its name
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}$")]  # of a file, or part of its name
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 StoredSide = Annotated[int, Field(ge=1, le=MAX_STORED_SIDE)]
 Byte = Annotated[int, Field(ge=0, le=255)]
@@ -43,8 +43,8 @@ class Sample(TypedDict):
     stored: tuple[Side, Side]  # height and width of the stored image, pixels
     min: Byte  # smallest and largest value of the original image over all channels, 0 to 255
     max: Byte
-    area: Pixels  # of the original that are foreground of any label
-    areas: dict[Name, Pixels]  # of the original that are foreground, by label
+    area: Pixels  # foreground of any label, in pixels of the original
+    areas: dict[Name, Pixels]  # the same for each label
     image: str  # names and SHA-256 of the sources
     image_sha256: str
     annotation: str
@@ -60,14 +60,14 @@ class Skipped(TypedDict):
 
 
 class Manifest(BaseModel):
-    """A store's manifest, which may be a stranger's."""
+    """A store's manifest, which may come from a stranger."""
 
     format: int
-    key: Name  # names the copy on local disk, so it must not lead out of there
-    labels: Annotated[list[Name], Field(min_length=1, max_length=1)]  # records and areas are ready for several
+    key: Name  # names the copy on local disk, so it must not lead out of that directory
+    labels: Annotated[list[Name], Field(min_length=1, max_length=1)]  # records and areas already allow several
     size: tuple[StoredSide, StoredSide] | None
     scale: Annotated[float, Field(gt=0, le=1)] | None
-    files: dict[str, int]  # with their sizes in bytes
+    files: dict[str, int]  # sizes in bytes
     samples: list[Sample]
     skipped: list[Skipped]
 
@@ -76,17 +76,17 @@ def read_store_manifest(directory: Path) -> tuple[Manifest, StoreSpec]:
     """Read and check a store's manifest.
 
     Returns:
-        What it says, and what the store is made for.
+        The manifest, and the spec of the store.
 
     Raises:
-        InputDataError: there is none, or it is not one of this version.
+        InputDataError: the manifest is missing, invalid or of another version.
     """
     content: Any = read_json(manifest_file(directory))
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMATS["store"]:
         raise InputDataError(
             f"{directory}: a store of format {shown(found)}, but this version reads format {FORMATS['store']}: "
-            "run `stas preprocess` again, which makes a new one; this one may then be deleted"
+            "run `stas preprocess` again to make a new one; then delete this one"
         )
     try:
         read = Manifest.model_validate(content)
@@ -95,9 +95,9 @@ def read_store_manifest(directory: Path) -> tuple[Manifest, StoreSpec]:
         where = ".".join(map(str, problem["loc"]))
         raise _refusal(directory, f"{where} is {shown(problem['input'])}, {problem['msg']}") from None
     if (read.size is None) == (read.scale is None):
-        raise _refusal(directory, f"size {read.size} and scale {read.scale}, where one of them must be given")
+        raise _refusal(directory, f"size {read.size} and scale {read.scale}, but exactly one of them must be given")
     if len({sample["stem"] for sample in read.samples}) != len(read.samples):
-        raise _refusal(directory, "two samples of one stem")
+        raise _refusal(directory, "two samples have the same stem")
     spec = StoreSpec(tuple(read.labels), read.size, read.scale)
     for sample in read.samples:
         if problem := _problem(sample, spec):
@@ -106,16 +106,23 @@ def read_store_manifest(directory: Path) -> tuple[Manifest, StoreSpec]:
 
 
 def _problem(sample: Sample, spec: StoreSpec) -> str | None:
-    """What in an entry contradicts the rest of it or of the manifest."""
+    """How an entry contradicts itself or the rest of the manifest; None if it does not."""
     height, width = sample["height"], sample["width"]
     if height * width > MAX_PIXELS:
-        return f"of {height} x {width} pixels, more than {MAX_PIXELS}"
+        return f"has {_pixels((height, width))} (width x height), more than {MAX_PIXELS}"
     stored = spec.shape(height, width)
     if sample["stored"] != stored:
-        return f"stored as {sample['stored']}, where an image of {height} x {width} pixels is stored as {stored}"
+        return (
+            f"is stored at {_pixels(sample['stored'])} (width x height), but an image of {_pixels((height, width))} "
+            f"is stored at {_pixels(stored)}"
+        )
     if sample["areas"].keys() != set(spec.labels):
-        return f"with areas of {shown(list(sample['areas']))}, where the labels are {', '.join(spec.labels)}"
+        return f"has areas for {shown(list(sample['areas']))}, but the labels are {', '.join(spec.labels)}"
     return None
+
+
+def _pixels(size: tuple[int, int]) -> str:
+    return f"{size[1]} x {size[0]} pixels"
 
 
 def _refusal(directory: Path, problem: str) -> InputDataError:

@@ -1,4 +1,4 @@
-"""Building a store: unseen until it is whole, and only once."""
+"""Build a store: it appears only when complete, and is built only once."""
 
 import errno
 import logging
@@ -30,12 +30,12 @@ from stas.system.publish import Output, building, write_manifest
 
 log = logging.getLogger(__name__)
 
-MAP_STEP = 64 << 20  # by which the map grows; a new map lets go of the old one's pages, which count as memory in use
-ABANDONED = 24 * 3600  # seconds after which a half-built store is taken for that of a killed process
+MAP_STEP = 64 << 20  # growth of the map; a new map releases the old one's pages, which count as memory in use
+ABANDONED = 24 * 3600  # seconds after which we assume that the process building a partial store was killed
 
 
 class Source(TypedDict):
-    """Where a sample came from."""
+    """The files that a sample came from."""
 
     stem: str
     image: str
@@ -51,23 +51,23 @@ class Record:
     sample: Sample
     image: NDArray[np.uint8]  # RGB, (H, W, 3)
     mask: NDArray[np.uint8]  # (H, W), the covered share of each pixel times 255
-    full_mask: bytes  # one bit a pixel of the original, packed
+    full_mask: bytes  # one bit a pixel of the original, packed and compressed
 
 
 def make_record(source: Source, image: NDArray[np.uint8], mask: NDArray[np.bool_], spec: StoreSpec) -> Record:
     """Make the stored form of a sample.
 
     Args:
-        source: where it came from.
+        source: the files it came from.
         image: RGB at its own size, (h, w, 3), uint8.
         mask: foreground at the same size, (h, w).
-        spec: what the store is made for, with one label.
+        spec: the store's spec, with one label.
     """
     assert image.shape[:2] == mask.shape
     (label,) = spec.labels
     stored = spec.shape(*mask.shape)
     area = int(np.count_nonzero(mask))
-    # MONAI scales to [0, 1] before it resizes; both are affine in the pixels, so raw bytes can be stored.
+    # MONAI scales to [0, 1] before resizing; both are affine in the pixels, so raw bytes can be stored.
     small = area_resize(image, stored, scale=1)
     small_mask = area_resize(mask, stored, scale=255)
     full = pack(np.packbits(mask))
@@ -90,7 +90,7 @@ def make_record(source: Source, image: NDArray[np.uint8], mask: NDArray[np.bool_
 
 
 class StoreWriter:
-    """Takes the records of a store that is being built; one process at a time."""
+    """Write the records of a store that is being built, from one process at a time."""
 
     def __init__(self, file: Path, spec: StoreSpec) -> None:
         self.samples: list[Sample] = []
@@ -99,13 +99,13 @@ class StoreWriter:
         self._spec = spec
         (self._label,) = spec.labels
         with _disk_errors(file):
-            # Nobody else knows the file yet, so neither locks nor a sync for each record are needed.
+            # No other process knows the file yet, so it needs neither locks nor a sync for each record.
             self._env = lmdb.open(str(file), map_size=MAP_STEP, subdir=False, lock=False, sync=False, mode=0o644)
         self._thread = ThreadPoolExecutor(1, "sync")
         self._syncing: Future[None] | None = None
 
     def add(self, record: Record) -> None:
-        """Store one sample; its position is the number of samples before it."""
+        """Store one sample after those already stored."""
         parts = {
             **self._tiles("image", record.image),
             **self._tiles(mask_part(self._label), record.mask),
@@ -130,7 +130,7 @@ class StoreWriter:
         }
 
     def sync(self) -> None:
-        """Bring everything to disk."""
+        """Sync everything to disk."""
         self._wait_for_disk()
         with _disk_errors(self._file):
             self._env.sync(True)
@@ -140,7 +140,7 @@ class StoreWriter:
         self._env.close()
 
     def _start_sync(self) -> None:
-        """Have the disk work beside the making of further samples; one that is slower than they are is waited for."""
+        """Sync in the background; wait if the disk is behind."""
         self._wait_for_disk()
         self._syncing = self._thread.submit(sync_path, self._file)
 
@@ -151,7 +151,7 @@ class StoreWriter:
 
 @contextmanager
 def _disk_errors(file: Path) -> Iterator[None]:
-    """Make the system's errors of LMDB's, which tell the number only in their text."""
+    """Turn LMDB's errors into OSError; LMDB gives the errno only in its text."""
     try:
         yield
     except lmdb.Error as error:
@@ -163,15 +163,15 @@ def _disk_errors(file: Path) -> Iterator[None]:
 
 @contextmanager
 def build_store(directory: Path, spec: StoreSpec, network: bool | None = None) -> Iterator[StoreWriter | None]:
-    """Build a store that appears under `directory` only when the block ends well.
+    """Build a store that appears at `directory` only if the block succeeds.
 
     Args:
         directory: the store, whose name is its content key.
-        spec: what the store is made for, with one label.
-        network: whether `directory` is on a network file system; found out if None.
+        spec: the store's spec, with one label.
+        network: whether `directory` is on a network file system; detected if None.
 
     Yields:
-        What takes its samples; None where the store is there already.
+        The writer for its samples; None if the store already exists.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     output = Output(directory, "store", directory.name)
@@ -203,9 +203,9 @@ def build_store(directory: Path, spec: StoreSpec, network: bool | None = None) -
 
 @contextmanager
 def _scratch(key: str) -> Iterator[Path]:
-    """A directory of this user alone on local disk, for a store whose own place is on a network file system."""
+    """A private directory on local disk, for building a store that belongs on a network file system."""
     local = local_disk() / f"stas-{os.getuid()}-{key}.build"
-    shutil.rmtree(local, ignore_errors=True)  # what a killed process left
+    shutil.rmtree(local, ignore_errors=True)  # left by a killed process
     local.mkdir(mode=0o700)
     try:
         yield local
@@ -214,12 +214,12 @@ def _scratch(key: str) -> Iterator[Path]:
 
 
 def _remove_abandoned(stores: Path, own: Path) -> None:
-    """Remove what processes that were killed while they built other stores have left."""
+    """Remove partial stores left by killed builds of other stores."""
     for path in stores.glob(".*.partial"):
         try:
             newest = max(entry.stat().st_mtime for entry in (path, *path.glob("*")))
-        except FileNotFoundError:  # its process removed or renamed it meanwhile
+        except FileNotFoundError:  # its process has just removed or renamed it
             continue
         if path != own and path.is_dir() and time.time() - newest > ABANDONED:
-            log.info("%s: removed; a build of a store ended there unfinished", path)
+            log.info("%s: removed; left by a store build that never finished", path)
             shutil.rmtree(path, ignore_errors=True)

@@ -1,11 +1,11 @@
-"""Rectangles of an image, and the tiles that it is stored in."""
+"""Rectangles of an image, and the tiles in which it is stored."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
 
 class Box(NamedTuple):
-    """A rectangle of an image, in its pixels."""
+    """A rectangle of an image, in pixels."""
 
     top: int
     left: int
@@ -17,33 +17,33 @@ class Box(NamedTuple):
         return down and outer.left <= self.left and 1 <= self.width <= outer.left + outer.width - self.left
 
     def common(self, other: "Box") -> "Box":
-        """The part of it that also lies in `other`; they must overlap."""
+        """The intersection with `other`; they must overlap."""
         top, left = max(self.top, other.top), max(self.left, other.left)
         bottom = min(self.top + self.height, other.top + other.height)
         right = min(self.left + self.width, other.left + other.width)
         return Box(top, left, bottom - top, right - left)
 
     def slices(self, outer: "Box") -> tuple[slice, slice]:
-        """Where it lies in an array that holds the pixels of `outer`."""
+        """Its slices in an array of the pixels of `outer`."""
         top, left = self.top - outer.top, self.left - outer.left
         return slice(top, top + self.height), slice(left, left + self.width)
 
 
 def whole(shape: tuple[int, int]) -> Box:
-    """All of an image of this (height, width)."""
+    """The box of a whole image of this (height, width)."""
     return Box(0, 0, *shape)
 
 
 def tiles(shape: tuple[int, int], side: tuple[int, int], box: Box) -> Iterator[tuple[str, Box]]:
-    """Yield the tiles that a box lies on.
+    """Yield the tiles that a box overlaps.
 
     Args:
         shape: (height, width) of the image in pixels.
-        side: those of a tile; the last of a row or column may be smaller.
-        box: lies within the image.
+        side: (height, width) of a tile; the last of a row or column may be smaller.
+        box: must be within the image.
 
     Yields:
-        A tile's name, which is its row and column among the tiles, and its pixels.
+        The tile's name, which is its row and column among the tiles, and its box in the image.
     """
     for row in range(box.top // side[0], -(-(box.top + box.height) // side[0])):
         for column in range(box.left // side[1], -(-(box.left + box.width) // side[1])):

@@ -1,4 +1,4 @@
-"""Samples made in several processes. Their pixels come back in shared memory: through a pipe, they take 5 ms each."""
+"""Make samples in several processes. Pixels return through shared memory: a pipe would take 5 ms per sample."""
 
 import multiprocessing
 import shutil
@@ -27,20 +27,20 @@ Pixels = NDArray[np.uint8]
 def records(
     make: Callable[[Item], Record | Skipped], items: Sequence[Item], largest: tuple[int, int], workers: int
 ) -> Iterator[Record | Skipped]:
-    """Map `make` over processes, in order, with at most two results a worker in flight, so that memory stays flat.
+    """Map `make` over processes, in order, with at most two results per worker in flight to bound memory.
 
     Args:
-        make: a function of a module, called once per item. One worker means that this process calls it.
+        make: a module-level function, called once per item. With one worker, this process calls it.
         items: the items.
-        largest: (height, width) in pixels of the largest of the records' images.
-        workers: processes.
+        largest: (height, width) in pixels of the largest stored image.
+        workers: number of processes.
 
     Yields:
-        What was made. A record's pixels are others when the next one has been asked for.
+        The results. Arrays are reused: copy before asking for the next item.
 
     Raises:
         InputDataError: a worker was killed.
-        UsageError: too little shared memory for so many workers.
+        UsageError: not enough shared memory for this many workers.
     """
     if workers == 1:
         yield from map(make, items)
@@ -51,7 +51,7 @@ def records(
     count = min(2 * workers, len(items))
     each = largest[0] * largest[1] * 4  # bytes of an image and its mask
     needed = count * each
-    _check_room(needed, workers)
+    _check_space(needed, workers)
     shared = context.RawArray("B", needed)
     places = _places(shared, each)
     pool = ProcessPoolExecutor(workers, context, initializer=_prepare, initargs=(shared, each))
@@ -75,19 +75,19 @@ def records(
             yield first()
     except BrokenProcessPool as error:
         raise InputDataError(
-            "a worker process was killed, most likely for want of memory: give fewer with --workers"
+            "a worker process was killed, probably because memory ran out: use fewer workers (--workers)"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _check_room(needed: int, workers: int) -> None:
-    """Refuse what would end this process by a signal: multiprocessing takes files in one of these for shared memory."""
-    room = [shutil.disk_usage(path).free for path in ("/dev/shm", tempfile.gettempdir()) if Path(path).is_dir()]
-    if max(room) < needed:
+def _check_space(needed: int, workers: int) -> None:
+    """Refuse if space is short: multiprocessing keeps shared memory in a file there, and a full disk would kill us."""
+    free = [shutil.disk_usage(path).free for path in ("/dev/shm", tempfile.gettempdir()) if Path(path).is_dir()]
+    if max(free) < needed:
         raise UsageError(
-            f"{workers} workers need {needed / 2**20:.0f} MiB in /dev/shm or {tempfile.gettempdir()}, where "
-            f"{max(room) / 2**20:.0f} are free: give fewer with --workers, or more room with TMPDIR"
+            f"{workers} workers need {needed / 2**20:.0f} MiB in /dev/shm or {tempfile.gettempdir()}, but only "
+            f"{max(free) / 2**20:.0f} MiB are free: use fewer workers (--workers), or set TMPDIR to a larger disk"
         )
 
 
@@ -96,13 +96,13 @@ def _places(shared: "Array[Any]", each: int) -> list[Pixels]:
 
 
 def _image_and_mask(place: Pixels, shape: tuple[int, int]) -> tuple[Pixels, Pixels]:
-    """An image (height, width, 3) and its mask (height, width), at the start of a place."""
+    """Views of an image (height, width, 3) and its mask (height, width) at the start of a place."""
     pixels = shape[0] * shape[1]
     assert pixels * 4 <= len(place)
     return place[: pixels * 3].reshape(*shape, 3), place[pixels * 3 : pixels * 4].reshape(shape)
 
 
-_own: list[Pixels] = []  # of a worker process: the places it may write to
+_own: list[Pixels] = []  # in a worker process: the places it may write to
 
 
 def _prepare(shared: "Array[Any]", each: int) -> None:

@@ -1,4 +1,4 @@
-"""Ranks: the only reader of torchrun's variables, and the few things that ranks say to each other."""
+"""Ranks: the only reader of torchrun's variables, and the collectives that we use."""
 
 import logging
 import os
@@ -27,19 +27,19 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one rank that writes files and speaks."""
+        """Whether this is the one rank that writes files and logs."""
         return self.rank == 0
 
     def share(self, count: int) -> int:
-        """The most that any rank has of `count` things cut evenly."""
+        """The largest number of items any rank gets when `count` items are divided evenly."""
         return -(-count // self.size)
 
 
 @contextmanager
 def join_ranks() -> Iterator[Ranks]:
-    """Join the other ranks when torchrun started this process; alone, be the only one.
+    """Join the other ranks if torchrun started this process; otherwise be the only rank.
 
-    On a GPU tensors travel by NCCL; everywhere small metadata on the CPU travel by gloo.
+    Tensors on a GPU use NCCL; small metadata on the CPU always use gloo.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
@@ -57,7 +57,7 @@ def join_ranks() -> Iterator[Ranks]:
     except Exception as error:
         if size > 1 and not isinstance(error, StoppedEarly):
             log.error("rank %d of %d: %s: %s", rank, size, type(error).__name__, error)
-            if status := status_file():  # now: the end of NCCL, below, may wait for ranks that wait for this one
+            if status := status_file():  # now: destroying the group below may wait for ranks that wait for this one
                 status.write_text(str(EXIT_FAILED))
         raise
     finally:
@@ -67,10 +67,10 @@ def join_ranks() -> Iterator[Ranks]:
 
 @contextmanager
 def entered_by_first(ranks: Ranks, context: AbstractContextManager[T]) -> Iterator[T | None]:
-    """Let the first rank enter a context for all of them, and leave it when all are done; the others get None.
+    """Enter a context on the first rank only, and leave it once all ranks are done; the others get None.
 
     Raises:
-        StoppedEarly: on the other ranks, where the first could not enter; it raises its own reason.
+        StoppedEarly: on the other ranks, if the first could not enter; the first raises its own error.
     """
     with ExitStack() as stack:
         value = failure = None
@@ -83,14 +83,14 @@ def entered_by_first(ranks: Ranks, context: AbstractContextManager[T]) -> Iterat
         if failure:
             raise failure
         if failed:
-            raise StoppedEarly("the first rank could not begin; its own message says why")
+            raise StoppedEarly("the first rank could not start; its own message says why")
         yield value
         barrier()
     barrier()  # the others must not end before the first has published
 
 
 def sum_over_ranks(values: Sequence[float]) -> list[float]:
-    """Each value summed over all ranks, in double precision."""
+    """Sum each value over all ranks, in double precision."""
     if not dist.is_initialized():
         return list(values)
     total = torch.tensor(values, dtype=torch.float64)
@@ -99,12 +99,12 @@ def sum_over_ranks(values: Sequence[float]) -> list[float]:
 
 
 def any_rank(*flags: bool) -> list[bool]:
-    """For each flag whether any rank says yes; all ranks get the same answers, so that all stop at the same step."""
+    """Whether any rank set each flag. All ranks get the same answers, so they all stop at the same step."""
     return [total > 0 for total in sum_over_ranks([float(flag) for flag in flags])]
 
 
 def gather(value: float) -> list[float]:
-    """Every rank's value, in order of the ranks."""
+    """Every rank's value, in rank order."""
     if not dist.is_initialized():
         return [value]
     values = [0.0] * dist.get_world_size()
@@ -113,7 +113,7 @@ def gather(value: float) -> list[float]:
 
 
 def gather_objects(value: T) -> list[T]:
-    """Every rank's value, of any kind that pickle takes, in order of the ranks. Slow: for rare events."""
+    """Every rank's value, of any type that can be pickled, in rank order. Slow: for rare events."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -122,12 +122,12 @@ def gather_objects(value: T) -> list[T]:
 
 
 def broadcast(value: T) -> T:
-    """The first rank's value, on all ranks; what the others give is ignored. Slow: for rare events."""
+    """The first rank's value, on all ranks; values from the others are ignored. Slow: for rare events."""
     return gather_objects(value)[0]
 
 
 def broadcast_buffers(module: torch.nn.Module) -> None:
-    """Give every rank the first rank's buffers (running statistics), as the reference kept one GPU's."""
+    """Give every rank the first rank's buffers (running statistics): the reference kept those of one GPU."""
     if dist.is_initialized():
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)

@@ -1,4 +1,4 @@
-"""Files that are either the old version or the new one, never half of one."""
+"""Atomic writes: a file is either the old version or the new one, never half of one."""
 
 import ctypes
 import errno
@@ -22,12 +22,13 @@ SYNCED_AT_ONCE = 16
 
 @contextmanager
 def atomic_write(path: Path, synced: bool = True) -> Iterator[BinaryIO]:
-    """Open a binary file that appears under `path`, synced to disk, only if the block succeeds.
+    """Open a binary file that appears at `path`, synced to disk, only if the block succeeds.
 
-    Where not `synced`, it may be empty after a power cut: for a directory that `sync_files` precedes its own renaming.
+    If not `synced`, the file may be empty after a power cut: for directories that `sync_files` syncs before they are
+    renamed.
 
-    The temporary file stands in the same directory, because a rename is atomic only within one
-    file system. Its name is made up: two pods of one Job share a host name and have the same process numbers.
+    The temporary file is in the same directory, because a rename is atomic only within one file system. Its name is
+    random: two pods of one Job share a host name and have the same process numbers.
     """
     with named_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +41,7 @@ def atomic_write(path: Path, synced: bool = True) -> Iterator[BinaryIO]:
                     os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
-            with suppress(OSError):  # on a volume that is read-only by now; what went wrong before is to be told
+            with suppress(OSError):  # on a volume that has become read-only; report the first error instead
                 temporary.unlink(missing_ok=True)
             raise
         if synced:
@@ -49,7 +50,7 @@ def atomic_write(path: Path, synced: bool = True) -> Iterator[BinaryIO]:
 
 @contextmanager
 def named_errors(path: Path) -> Iterator[None]:
-    """Name the file in errors of writing, which the system leaves nameless."""
+    """Add the file's name to write errors, which the system leaves out."""
     try:
         yield
     except OSError as error:
@@ -59,36 +60,36 @@ def named_errors(path: Path) -> Iterator[None]:
 
 
 def disk_trouble(error: OSError) -> str | None:
-    """What a person can do about a disk that is full, read-only or failing; None where an error is none of these."""
+    """The problem and its remedy if a disk is full, read-only or failing; None for any other error."""
     remedy = _REMEDIES.get(error.errno or 0)
     if remedy is None:
         return None
     path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else None
-    return f"{path or 'a file'}: {error.strerror}{_room(path) if error.errno == errno.ENOSPC else ''}: {remedy}"
+    return f"{path or 'a file'}: {error.strerror}{_free_space(path) if error.errno == errno.ENOSPC else ''}: {remedy}"
 
 
-_KEPT = "What was complete before is kept, and the same command goes on from it"
+_KEPT = "Everything finished so far is kept; run the same command again to resume"
 _REMEDIES = {
-    errno.ENOSPC: f"free some space there, or take a larger volume. {_KEPT}",
-    errno.EDQUOT: f"remove what is not needed, or ask for a larger quota. {_KEPT}",
-    errno.EROFS: f"mount the volume for writing, or give another directory. {_KEPT}",
-    errno.EACCES: f"let this user write there, or give another directory. {_KEPT}",
-    errno.EPERM: f"let this user write there, or give another directory. {_KEPT}",
-    errno.EIO: f"the disk or its network failed; look at the kernel's log. {_KEPT}",
+    errno.ENOSPC: f"free some space there, or use a larger volume. {_KEPT}",
+    errno.EDQUOT: f"delete files you do not need, or ask for a larger quota. {_KEPT}",
+    errno.EROFS: f"mount the volume for writing, or use another directory. {_KEPT}",
+    errno.EACCES: f"let this user write there, or use another directory. {_KEPT}",
+    errno.EPERM: f"let this user write there, or use another directory. {_KEPT}",
+    errno.EIO: f"the disk or its network failed; check the kernel log. {_KEPT}",
     errno.ESTALE: f"the file server lost the file; mount the volume again. {_KEPT}",
 }
 
 
-def _room(path: Path | None) -> str:
+def _free_space(path: Path | None) -> str:
     try:
         usage = shutil.disk_usage(next(parent for parent in (path or Path()).absolute().parents if parent.is_dir()))
     except (OSError, StopIteration):
         return ""
-    return f" ({usage.free / 2**20:.1f} of {usage.total / 2**20:.0f} MiB are free)"
+    return f" ({usage.free / 2**20:.1f} of {usage.total / 2**20:.0f} MiB free)"
 
 
 def remove_leftovers(directory: Path, pattern: str = ".*.tmp") -> None:
-    """Remove what killed processes have left in a directory. Only who holds its lock may do so."""
+    """Remove files that killed processes left in a directory. The caller must hold its lock."""
     for path in directory.glob(pattern):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -97,7 +98,7 @@ def remove_leftovers(directory: Path, pattern: str = ".*.tmp") -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Swap two names at once; false where the system or the file system cannot, as on NFS."""
+    """Swap two names atomically; false if the system or the file system cannot, as on NFS."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False
@@ -109,11 +110,11 @@ def exchange(one: Path, other: Path) -> bool:
     raise OSError(number, os.strerror(number), str(one), None, str(other))
 
 
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # from Linux's headers
 
 
 def sync_path(path: Path) -> None:
-    """Make what is in a file, or the names in a directory, survive a power cut."""
+    """Sync a file's content, or a directory's names, so that they survive a power cut."""
     with named_errors(path):
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -123,7 +124,7 @@ def sync_path(path: Path) -> None:
 
 
 def sync_files(directory: Path) -> None:
-    """Bring all that lies under a directory to disk: many at once share the disk's few slow steps."""
+    """Sync everything under a directory, many files in parallel: they share the disk's slow flushes."""
     with ThreadPoolExecutor(SYNCED_AT_ONCE) as threads:
         for _ in threads.map(sync_path, [directory, *directory.rglob("*")]):
             pass
@@ -136,7 +137,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically, and piece by piece: all at once takes several times its size."""
+    """Write `value` as indented JSON, atomically. Piece by piece: one string would take several times its size."""
     with atomic_write(path) as file:
         for piece in json.JSONEncoder(indent=1, ensure_ascii=False).iterencode(value):
             file.write(piece.encode())
@@ -144,7 +145,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append_json_line(path: Path, value: Any) -> None:
-    """Append `value` as one line of JSON; on disk when this returns."""
+    """Append `value` as one line of JSON; it is on disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(value, ensure_ascii=False) + "\n")
@@ -153,16 +154,16 @@ def append_json_line(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; raise InputDataError naming the file where it is not one."""
+    """Read a JSON file; raise InputDataError naming the file if it is not valid."""
     content = read_bounded(path, MAX_JSON_BYTES)
     try:
         return parse_json(content)
     except ValueError as error:
-        raise InputDataError(f"{path}: not readable as JSON ({error}): restore it, or make it again") from error
+        raise InputDataError(f"{path}: not readable as JSON ({error}): restore it, or create it again") from error
 
 
 def sha256(path: Path, most: int = sys.maxsize) -> str:
-    """The file's SHA-256 in hexadecimal; raise InputDataError where it is no regular file of at most `most` bytes."""
+    """The file's SHA-256 in hexadecimal; raise InputDataError unless it is a regular file of at most `most` bytes."""
     check_file(path, most)
     digest = hashlib.sha256()
     with open(path, "rb") as file:

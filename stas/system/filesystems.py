@@ -1,8 +1,8 @@
-"""Which file system a path lies on: LMDB's own documentation forbids the remote ones."""
+"""The type of file system a path is on: LMDB's documentation rules out remote ones."""
 
 from pathlib import Path
 
-MOUNTS = Path("/proc/self/mounts")  # one mount a line: device, mount point, type, options
+MOUNTS = Path("/proc/self/mounts")  # one mount per line: device, mount point, type, options
 # fmt: off
 NETWORK_FILE_SYSTEMS = frozenset((
     "9p", "afs", "beegfs", "beegfs_nodev", "ceph", "cifs", "fuse.beegfs", "fuse.ceph", "fuse.gcsfuse",
@@ -13,14 +13,14 @@ NETWORK_FILE_SYSTEMS = frozenset((
 
 
 def file_system_type(path: Path, mounts: Path = MOUNTS) -> str:
-    """The type of the file system that holds `path`, which need not exist yet.
+    """The type of the file system that `path` is on. The path need not exist yet.
 
     Args:
-        path: followed through links.
-        mounts: the table of mounts.
+        path: symbolic links are followed.
+        mounts: the mount table.
 
     Returns:
-        Such as ext4; 'unknown' on a system without such a table.
+        For example 'ext4'; 'unknown' on a system without a mount table.
     """
     try:
         lines = mounts.read_text(errors="surrogateescape").splitlines()
@@ -31,19 +31,19 @@ def file_system_type(path: Path, mounts: Path = MOUNTS) -> str:
     for line in lines:
         _, mount, kind, *_ = line.split(" ")
         mount = Path(_unescaped(mount))
-        # >= because of two mounts on one point the later hides the earlier.
+        # >= because of two mounts on the same point, the later one hides the earlier.
         if len(mount.parts) >= deepest and resolved.is_relative_to(mount):
             found, deepest = kind, len(mount.parts)
     return found
 
 
 def on_network(path: Path) -> bool:
-    """Whether `path` lies on a file system from which LMDB must not be read in place."""
+    """Whether `path` is on a network file system, where LMDB must not be read in place."""
     return file_system_type(path) in NETWORK_FILE_SYSTEMS
 
 
 def _unescaped(name: str) -> str:
-    """A mount point as the table writes it, with octal escapes for blanks and backslashes."""
+    """Undo the mount table's octal escapes for blanks and backslashes."""
     for escape, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
         name = name.replace(escape, character)
     return name

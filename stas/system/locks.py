@@ -1,16 +1,16 @@
-"""One process at a time on a run, a store or a set of predictions, on a shared file system too.
+"""Locks: one process at a time on a run, a store or a prediction set, even on a shared file system.
 
-A lock is a small file beside what it protects, and names its holder. It needs only hard links and plain renames, which
-are atomic on NFS, where fcntl locks often do nothing. A lock whose holder was killed is taken over: on the same machine
-as soon as the process is gone, from another machine once its heartbeat has been silent for STALE seconds.
+A lock is a small file beside the thing it protects, and names its holder. It needs only hard links and plain renames,
+which are atomic on NFS, where fcntl locks often do nothing. A lock whose holder was killed is taken over: on the same
+machine as soon as the process is gone, from another machine after STALE seconds without a heartbeat.
 
 Before replacing a stale lock, take a second lock named after its holder, so that only one contender succeeds. A holder
 that was frozen and lost its lock notices at its next heartbeat or `check`, which comes before every publication.
 
 We do not use filelock.SoftFileLease because version 4.2.12 fails three tests in test_locks.py:
-- test_takeover_needs_only_plain_renames: on NFS and SMB a dead lock blocks everybody until somebody deletes it;
-- test_another_machine_with_the_same_host_name_is_alive: a live lock is taken over at once;
-- test_a_damaged_lock_ends_by_its_age: an empty lock file, left by a process killed before it wrote, blocks everybody.
+- test_takeover_needs_only_plain_renames: on NFS and SMB a dead lock blocks everyone until someone deletes it;
+- test_another_machine_with_the_same_host_name_is_alive: a live lock is taken over immediately;
+- test_a_damaged_lock_ends_by_its_age: an empty lock file, left by a process killed before it wrote, blocks everyone.
 """
 
 import contextlib
@@ -35,21 +35,21 @@ from stas.errors import StoppedEarly
 from stas.system.files import named_errors
 
 log = logging.getLogger(__name__)
-# When this process first saw a heartbeat. A lock dated ahead, as after a clock was set back, never looks old.
+# When this process first saw a heartbeat: a lock dated in the future (a clock was set back) would never look old.
 _first_seen: dict[tuple[str, float], float] = {}
 
 HEARTBEAT = 15.0  # seconds
 STALE = 120.0  # seconds without a heartbeat after which a holder on another machine counts as dead
-PATIENCE = 300.0  # seconds that a stage with GPUs waits; longer than STALE, to outwait a dead holder
+PATIENCE = 300.0  # seconds that a stage with GPUs waits; longer than STALE, to outlast a dead holder
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock, as its file says."""
+    """The holder of a lock, as recorded in its file."""
 
     token: str  # never used twice, not even by the same process
-    host: str  # for people only: containers and cloned machines share host names
+    host: str  # for people only: containers and cloned machines may share host names
     machine: str  # boot id and process namespace, within which a pid is unique
     pid: int
     started: str  # when the process started, in clock ticks since boot, because pids are reused
@@ -60,11 +60,11 @@ class Holder:
 
 
 class Lock:
-    """A lock that this process holds.
+    """A lock held by this process.
 
     Attributes:
         path: the lock file.
-        lost: whether a heartbeat or `check` has found that the lock is no longer ours.
+        lost: whether a heartbeat or `check` found that the lock is no longer ours.
     """
 
     def __init__(self, path: Path, mine: Holder) -> None:
@@ -85,8 +85,8 @@ class Lock:
         if holder is None or holder.token != self._mine.token:
             self.lost = True
             raise StoppedEarly(
-                f"{self.path}: this process ({self._mine}) showed no sign of life for {STALE:.0f} seconds and lost "
-                f"its lock to {holder or 'nobody, the file was removed'}. Nothing was published since. "
+                f"{self.path}: this process ({self._mine}) missed its heartbeat for {STALE:.0f} seconds and lost "
+                f"its lock to {holder or 'nobody: the file was removed'}. It has published nothing since. "
                 "Run the same command again to resume"
             )
 
@@ -95,7 +95,7 @@ class Lock:
         self._heart.join()
         try:
             _end(self.path, self._mine, self._mine)
-        except OSError as error:  # a full disk has no room for the second lock, but a file can still be removed
+        except OSError as error:  # a full disk has no space for the second lock, but a file can still be removed
             log.warning("%s: released without its second lock (%s)", self.path, error)
             with contextlib.suppress(OSError, StoppedEarly):
                 self.check()
@@ -105,24 +105,24 @@ class Lock:
         while not self._released.wait(HEARTBEAT):
             try:
                 self.check()
-                os.utime(self.path)  # without a time, NFS uses the server's clock, which all machines share
+                os.utime(self.path)  # without an explicit time, NFS uses the server's clock, which all machines share
             except StoppedEarly:
                 return
-            except OSError as error:  # the file system may recover; `check` has the last word
+            except OSError as error:  # the file system may recover; `check` decides
                 log.warning("%s: heartbeat failed (%s)", self.path, error)
 
 
 @contextmanager
 def lock(path: Path, patience: float = math.inf) -> Iterator[Lock]:
-    """Hold a lock for the block. Wait for it while its holder is alive, at most `patience` seconds.
+    """Hold a lock for the block. If another holder is alive, wait at most `patience` seconds.
 
     Args:
-        path: the lock file (see `stas.paths.lock`).
+        path: the lock file (see `stas.paths.lock_file`).
         patience: seconds.
 
     Raises:
         StoppedEarly: the holder is still alive after `patience` (the message says host, process and since when), or the
-            lock was lost during the block, which then failed.
+            lock was lost during the block and the block failed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     mine = _me()
@@ -139,7 +139,7 @@ def lock(path: Path, patience: float = math.inf) -> Iterator[Lock]:
 
 
 def _wait(path: Path, mine: Holder, patience: float) -> None:
-    began = said = time.monotonic()
+    began = logged = time.monotonic()
     pause = 0.02
     while not _claim(path, mine):
         holder = _read(path)
@@ -147,17 +147,17 @@ def _wait(path: Path, mine: Holder, patience: float) -> None:
         if holder and waited >= patience:
             raise StoppedEarly(
                 f"{path}: in use by {holder}, which is still alive after {waited:.0f} seconds of waiting. "
-                "Stop one of the two, or start this one again later"
+                "Stop one of the two, or run this command again later"
             )
-        if holder and (said == began or time.monotonic() - said > 60):
+        if holder and (logged == began or time.monotonic() - logged > 60):
             log.info("%s: in use by %s; waiting", path, holder)
-            said = time.monotonic()
+            logged = time.monotonic()
         time.sleep(min(pause, max(0.02, patience - waited)))
         pause = min(2 * pause, 1.0)
 
 
 def _claim(path: Path, mine: Holder) -> bool:
-    """Try once to become the holder of a lock that is free or whose holder is dead."""
+    """Try once to take a lock that is free or whose holder is dead."""
     now = _create(path, mine)
     holder = _read(path)
     if holder is None or holder.token == mine.token:
@@ -169,14 +169,14 @@ def _claim(path: Path, mine: Holder) -> bool:
 
 
 def _end(path: Path, holder: Holder, mine: Holder) -> bool:
-    """Pass `holder`'s lock on to `mine`, or free it if they are the same; false if another process does so instead."""
+    """Hand `holder`'s lock to `mine`, or free it if they are the same; false if another process did it first."""
     second = path.with_name(f"{path.name}.{holder.token[:12]}")
     if not _claim(second, mine):
         return False
     candidate = _candidate(path, mine)
     try:
         if holder != mine:
-            _write(candidate, mine)  # before reading: a later holder removes it, and so stops us if we were frozen
+            _write(candidate, mine)  # before reading: a later holder removes it, which stops us if we were frozen
         now = _read(path)
         if now is None or now.token != holder.token:
             return False
@@ -193,7 +193,7 @@ def _end(path: Path, holder: Holder, mine: Holder) -> bool:
 
 
 def _create(path: Path, mine: Holder) -> float:
-    """Create the lock file, complete from the start, unless there is one; return the file server's time."""
+    """Create the lock file with its content, unless there already is one; return the file server's time."""
     candidate = _candidate(path, mine)
     now = -math.inf
     try:
@@ -213,10 +213,10 @@ def _create(path: Path, mine: Holder) -> float:
 
 
 def _alive(holder: Holder, path: Path, now: float) -> bool:
-    """Whether a holder is alive: by its process on this machine, else by its heartbeat at the file server's `now`."""
+    """Whether a holder is alive: by its process on this machine, otherwise by its heartbeat; `now` is the server's."""
     if holder.machine and holder.machine == _machine() and (started := _started(holder.pid)) is not None:
         return started == holder.started
-    looked = time.monotonic()  # before looking, in case this process is frozen in between
+    looked = time.monotonic()  # before `stat`, in case this process is frozen in between
     try:
         beat = path.stat().st_mtime
     except FileNotFoundError:
@@ -226,7 +226,7 @@ def _alive(holder: Holder, path: Path, now: float) -> bool:
 
 
 def _read(path: Path) -> Holder | None:
-    """Who holds a lock; None if nobody does."""
+    """The holder of a lock; None if it is free."""
     try:
         with open(path, "rb") as file:
             content, status = file.read(4096), os.fstat(file.fileno())
@@ -240,7 +240,7 @@ def _read(path: Path) -> Holder | None:
             return holder
     except (ValueError, TypeError, RecursionError):
         pass
-    # Damaged, or not yet written where there are no hard links: only its age counts.
+    # Damaged, or not yet written because there are no hard links: only its age counts.
     return Holder(f"{status.st_ino:x}-{status.st_mtime_ns:x}", "unknown", "", 0, "", "unknown")
 
 
@@ -254,9 +254,9 @@ def _candidate(path: Path, mine: Holder) -> Path:
 
 
 def _remove_leftovers(path: Path, mine: Holder) -> None:
-    """Remove what killed processes left beside a lock that is held now.
+    """Remove files that killed processes left beside a lock. The caller must hold it.
 
-    A waiting process may lose its candidate, and makes another. Files named after the present hold are in use.
+    A waiting process may lose its candidate and makes another one. Files named after the current holder are in use.
     """
     for leftover in path.parent.glob(f"{glob.escape(path.name)}.*"):
         if not leftover.name.startswith(f"{path.name}.{mine.token[:12]}"):
@@ -270,7 +270,7 @@ def _me() -> Holder:
 
 @cache
 def _machine() -> str:
-    """Identifies this boot of this machine and its process namespace; empty where the kernel does not say."""
+    """Identify this boot of this machine and its process namespace; empty if the kernel does not say."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:
@@ -278,11 +278,11 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this machine started, in clock ticks since boot; "" if it is gone, None if that is hidden."""
+    """When a process on this machine started, in clock ticks since boot; "" if it is gone, None if hidden from us."""
     try:
-        # The program's name, in brackets, may itself hold blanks and brackets.
+        # The program's name, in parentheses, may itself contain blanks and parentheses.
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:  # gone, or another user's where /proc is mounted with hidepid
+    except OSError:  # gone, or another user's and /proc is mounted with hidepid
         try:
             os.kill(pid, 0)
         except PermissionError:

@@ -1,10 +1,10 @@
-"""How every directory that a stage makes comes to be: stores, prediction sets, votes and evaluations.
+"""The one way to publish a directory of results: stores, prediction sets, votes and evaluations.
 
-Finished? Then there is nothing to do. Else lock; remove leftovers; finished by now? build; check the lock; publish.
+Finished? Then there is nothing to do. If not: lock; remove leftovers; finished by now? build; check the lock; publish.
 
-A finished directory holds a manifest that is also its marker: the format, the kind of the directory, the key that it
-was made from, and every other file with its size. Only a directory with such a marker is ever replaced, only by one of
-its own kind, and only while it holds nothing but the files that were made with it.
+A finished directory contains a manifest that marks it as ours: the format, the kind of directory, the key that it was
+made from, and the size of every other file. We only replace directories with this marker, only by one of the same kind,
+and only if they contain nothing but the files they were published with.
 """
 
 import errno
@@ -30,22 +30,22 @@ from stas.system.untrusted import shown
 
 log = logging.getLogger(__name__)
 
-SHOWN = 10  # cases named in a message; more would hide the message
-BYSTANDERS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # what file browsers leave in any directory they show
+SHOWN = 10  # cases named in a message; more would bury the rest of it
+BYSTANDERS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # left by file browsers in any directory they show
 
 Kind = Literal["store", "prediction set", "vote", "evaluation"]
-# Of what a directory holds; raised when it can no longer be read as before.
+# Raise the number when older directories of this kind can no longer be read.
 FORMATS: dict[Kind, int] = {"store": 2, "prediction set": 2, "vote": 2, "evaluation": 2}
 
 
 @dataclass(frozen=True)
 class Output:
-    """A directory to be made.
+    """A directory to be built and published.
 
     Attributes:
         directory: its final place.
-        kind: what it is; the manifest says so.
-        key: what it is made from, as JSON. Equal keys mean equal content.
+        kind: recorded in the manifest.
+        key: everything it is made from, as JSON. Equal keys mean equal content.
     """
 
     directory: Path
@@ -55,17 +55,17 @@ class Output:
 
 @contextmanager
 def building(output: Output, patience: float = math.inf, keep: bool = False) -> Iterator[Path | None]:
-    """A partial directory that is published if the block succeeds.
+    """Build a partial directory, and publish it if the block succeeds.
 
-    The block writes files, which need not be synced, and last the manifest (`write_manifest`).
+    The block writes files, which need not be synced, and then the manifest (`write_manifest`).
 
     Args:
-        output: what is to be made.
-        patience: seconds to wait for another process that is making it.
-        keep: where the block fails, keep the partial directory for the next attempt at the same key to resume from.
+        output: the directory to publish.
+        patience: seconds to wait for another process that is building it.
+        keep: if the block fails, keep the partial directory, so that the next attempt at the same key can resume.
 
     Yields:
-        The partial directory; None where the output is finished, perhaps by another process that was waited for.
+        The partial directory; None if the output is finished, perhaps by another process while this one waited.
 
     Raises:
         UsageError: before the block, if the directory may not be replaced (see `check_replaceable`).
@@ -98,9 +98,9 @@ def write_manifest(directory: Path, output: Output, finished: bool = True, **con
 
     Args:
         directory: where the files are.
-        output: what they will be.
-        finished: False for a result that is worth publishing but should be made again at the next opportunity.
-        **content: what the manifest says besides.
+        output: the directory to publish them as.
+        finished: False for a result that is worth publishing, but that the next run should make again.
+        **content: further entries of the manifest.
     """
     files = {str(path.relative_to(directory)): path.stat().st_size for path in _files(directory)}
     files.pop(paths.manifest_file(directory).name, None)
@@ -109,86 +109,86 @@ def write_manifest(directory: Path, output: Output, finished: bool = True, **con
 
 
 def read_manifest(directory: Path, *kinds: Kind) -> dict[str, Any]:
-    """The manifest of a directory that was made here.
+    """The manifest of a published directory.
 
     Args:
         directory: the directory.
-        kinds: what it may be.
+        kinds: the kinds it may be.
 
     Raises:
-        InputDataError: no manifest, or not one of these kinds in their present formats.
+        InputDataError: no manifest, or not one of these kinds in its current format.
     """
     content = read_json(paths.manifest_file(directory))
     if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
         raise InputDataError(
-            f"{paths.manifest_file(directory)}: not a manifest: remove the directory and make it again"
+            f"{paths.manifest_file(directory)}: not a manifest: delete the directory and create it again"
         )
     kind, found = content.get("kind"), content.get("format")
     if kind not in kinds:
-        raise InputDataError(f"{directory}: a {shown(kind)}, not a {' or '.join(kinds)}: name another")
+        raise InputDataError(f"{directory}: its kind is {shown(kind)}, not {' or '.join(kinds)}: use another directory")
     if found != FORMATS[kind]:
         raise InputDataError(
-            f"{directory}: a {kind} of format {shown(found)}, and this version reads {FORMATS[kind]}: "
-            "remove it and make it again"
+            f"{directory}: {kind} of format {shown(found)}, but this version reads format {FORMATS[kind]}: "
+            "delete it and create it again"
         )
     return content
 
 
 def is_finished(output: Output) -> bool:
-    """Whether the directory was made from exactly this key and every file is there in its size."""
+    """Whether the directory was made from exactly this key, and every file is there with its recorded size."""
     try:
         content = read_manifest(output.directory, output.kind)
     except InputDataError:
         return False
-    same = content.get("key") == json.loads(_as_json(output.key))  # as JSON gives it back: tuples become lists
+    same = content.get("key") == json.loads(_as_json(output.key))  # as JSON returns it: tuples become lists
     return same and not _differences(output.directory, content["files"])
 
 
 def is_settled(output: Output) -> bool:
-    """Whether the directory is finished, and nobody is at work, or was killed at work, beside it."""
+    """Whether the directory is finished, no process is working on it, and no killed process left files beside it."""
     final = output.directory
     locks = final.parent.glob(f"{glob.escape(paths.lock_file(final).name)}*")
-    return is_finished(output) and not [*_left(final, "old"), *_left(final, "partial"), *locks]
+    return is_finished(output) and not [*_leftovers(final, "old"), *_leftovers(final, "partial"), *locks]
 
 
 def check_replaceable(directory: Path, kind: Kind) -> None:
-    """Refuse to replace what was not made here, so that a mistyped name never removes anybody's files.
+    """Refuse to replace anything we did not make: a mistyped name must never delete someone's files.
 
     Raises:
-        UsageError: the place is taken by a file, by a directory of another kind or without our manifest, or by one
-            that holds a file which was added or changed since it was made.
+        UsageError: there is a file, a directory of another kind or without our manifest, or a directory in which a
+            file was added or changed since it was made.
     """
-    remedy = "it will not be replaced: give another name, or move it away"
+    remedy = "it will not be replaced: use another name, or move it away"
     if not directory.exists() and not directory.is_symlink():
         return
     if directory.is_symlink() or not directory.is_dir():
-        raise UsageError(f"{directory}: not a directory of stas's own; {remedy}")
+        raise UsageError(f"{directory}: not a directory made by stas; {remedy}")
     found = _files(directory)
     if not found:
         return
     try:
         content = read_manifest(directory, kind)
     except InputDataError as error:
-        raise UsageError(f"{directory}: not known to be a {kind} made by stas ({error}); {remedy}") from error
+        raise UsageError(f"{directory}: not known to be stas's own {kind} ({error}); {remedy}") from error
     recorded = content["files"]
     names = {str(path.relative_to(directory)): path for path in found if path != paths.manifest_file(directory)}
     foreign = [name for name, path in names.items() if recorded.get(name) != path.stat().st_size]
     if foreign:
-        raise UsageError(f"{directory}: holds what was added or changed since it was made ({named(foreign)}); {remedy}")
+        raise UsageError(f"{directory}: files were added or changed since it was made ({named(foreign)}); {remedy}")
 
 
 def named(cases: Iterable[str]) -> str:
-    """The first cases by name, and how many more there are."""
+    """The names of the first cases, and how many more there are."""
     listed = list(cases)
     more = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
     return ", ".join(listed[:SHOWN]) + more
 
 
 def _publish(partial: Path, output: Output) -> None:
-    """Give a finished directory its final name, in place of an older one.
+    """Give a finished directory its final name, replacing an older one.
 
-    Another process sees the older one or this one. Where the file system cannot swap two names (NFS), it may for a
-    moment see none; `_remove_leftovers` brings the old one back if this process is killed then.
+    Other processes see either the older one or this one. If the file system cannot swap two names (NFS), they may
+    briefly see neither; `_remove_leftovers` restores the old one if this process is killed at that moment.
     """
     final, aside = output.directory, _beside(output.directory, uuid.uuid4().hex[:12], "old")
     assert paths.manifest_file(partial).is_file(), "the block must write the manifest"
@@ -198,36 +198,36 @@ def _publish(partial: Path, output: Output) -> None:
         try:
             partial.rename(final)
             break
-        except OSError as error:  # only these two say that an older result is there
+        except OSError as error:  # only these two mean that there is an older result
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
         try:
             if exchange(partial, final):
-                partial.rename(aside)  # under its old name it could be taken for work to resume
+                partial.rename(aside)  # under its old name it could be mistaken for work to resume
                 break
             final.rename(aside)
-        except FileNotFoundError:  # another process publishes the same name at this moment
+        except FileNotFoundError:  # another process is publishing the same name
             continue
     sync_path(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
 def _remove_leftovers(final: Path, keep: Path | None) -> None:
-    """Remove what killed processes left beside a directory, or put it back. The caller must hold the lock."""
-    for aside in _left(final, "old"):
+    """Remove or restore what killed processes left beside a directory. The caller must hold the lock."""
+    for aside in _leftovers(final, "old"):
         if not final.exists():  # killed between the two renames of `_publish`
             aside.rename(final)
-            log.warning("%s: brought back; a process was killed while it replaced it", final)
+            log.warning("%s: restored; a process was killed while replacing it", final)
         shutil.rmtree(aside, ignore_errors=True)
-    for partial in _left(final, "partial"):
+    for partial in _leftovers(final, "partial"):
         if partial != keep:
             shutil.rmtree(partial, ignore_errors=True)
 
 
 def _resume(output: Output) -> None:
-    """Make the partial directory, or take over what a killed process finished of it."""
+    """Create the partial directory, or take over the one that a killed process left."""
     partial = output.directory
-    if paths.manifest_file(partial).exists() and not is_finished(output):  # an older one that had just been swapped out
+    if paths.manifest_file(partial).exists() and not is_finished(output):  # an older result, just swapped out
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
     for directory in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
@@ -241,12 +241,12 @@ def _differences(directory: Path, recorded: dict[str, Any]) -> bool:
 
 
 def _files(directory: Path) -> list[Path]:
-    """All files below a directory, sorted, without those of file browsers."""
+    """All files below a directory, sorted, except those left by file browsers."""
     return sorted(path for path in directory.rglob("*") if not path.is_dir() and path.name not in BYSTANDERS)
 
 
-def _left(final: Path, suffix: str) -> list[Path]:
-    """What processes at work on `final` keep beside it. A set called `lite0.tta` is not the business of `lite0`."""
+def _leftovers(final: Path, suffix: str) -> list[Path]:
+    """Directories that processes working on `final` keep beside it, but none of another set such as `<final>.tta`."""
     name = re.compile(rf"\.{re.escape(final.name)}\.[0-9a-f]{{12}}\.{suffix}")
     return sorted(path for path in final.parent.glob(f".*.{suffix}") if name.fullmatch(path.name))
 

@@ -1,5 +1,6 @@
-"""What this process, its node and its GPUs use right now, and what of it is kept. A reading that cannot be had is
-left out.
+"""Resources that this process, its node and its GPUs are using, and how much freed memory malloc keeps.
+
+Unavailable readings are omitted.
 """
 
 import ctypes
@@ -12,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 GIB = 2**30
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 
 
 def usage() -> dict[str, float]:
-    """Take all readings; never raises because one is missing.
+    """Take all readings; a missing one never raises.
 
     Returns:
         Flat mapping; memory in GiB, utilisation in percent of time:
@@ -28,7 +29,7 @@ def usage() -> dict[str, float]:
 
 
 def cores(membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
-    """How many cores this process may use: those it may run on, or its container's share of them if that is less."""
+    """The number of cores this process may use: its CPU affinity, or its container's CPU limit if that is lower."""
     shares = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
     for directory in _control_groups("cpu", membership, root):
         # Version 2 says "quota period" in one file, version 1 has a file for each, with a quota of -1 for none.
@@ -40,14 +41,14 @@ def cores(membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/
 
 
 def keep_freed_memory() -> None:
-    """Have malloc keep what was freed for the next image, up to 128 MiB in the arena of each thread.
+    """Make malloc keep freed memory for the next image, up to 128 MiB in each thread's arena.
 
-    Without this, each image's arrays are given back to the system, and come again page by page, which takes as long as
-    the work on them. Does nothing where the C library is not glibc.
+    Otherwise each image's arrays are returned to the system and mapped again page by page, which takes as long as
+    processing them. Does nothing if the C library is not glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
-        mallopt(_MMAP_THRESHOLD, 32 << 20)  # the most that it accepts
+        mallopt(_MMAP_THRESHOLD, 32 << 20)  # the largest value it accepts
         mallopt(_TRIM_THRESHOLD, 128 << 20)
 
 
@@ -56,7 +57,7 @@ def cgroup_memory(
 ) -> tuple[int, int] | None:
     """(bytes used, bytes allowed) of the tightest memory limit above this process, cgroup version 1 or 2.
 
-    None where nothing limits the memory.
+    None if nothing limits the memory.
     """
     found = []
     for directory in _control_groups("memory", membership, root):
@@ -75,11 +76,11 @@ def cgroup_memory(
 
 
 def visible_gpus(count: int, visible: str | None) -> list[int | str]:
-    """The GPUs that CUDA shows, in its order, as NVML index or UUID.
+    """The GPUs visible to CUDA, in its order, as NVML index or UUID.
 
     Args:
-        count: GPUs that NVML counts.
-        visible: CUDA_VISIBLE_DEVICES; None where it is not set. As in CUDA, its first wrong entry ends the list.
+        count: number of GPUs according to NVML.
+        visible: CUDA_VISIBLE_DEVICES; None if it is not set. As in CUDA, its first invalid entry ends the list.
     """
     if visible is None:
         return list(range(count))
@@ -96,7 +97,7 @@ def visible_gpus(count: int, visible: str | None) -> list[int | str]:
 
 @contextmanager
 def nvml() -> Iterator[Any]:
-    """NVIDIA's management library, opened and closed.
+    """Open NVIDIA's management library for the block.
 
     Raises:
         ImportError: the package nvidia-ml-py is missing.
@@ -114,8 +115,8 @@ def nvml() -> Iterator[Any]:
 def _control_groups(controller: str, membership: Path, root: Path) -> Iterator[Path]:
     """The directories of this process's control groups, version 1 or 2, from its own up to the root.
 
-    A parent's limit binds as well as one's own; inside a container the group's path may not exist under the root, and
-    then the root alone counts.
+    The limits of parents apply too. Inside a container the group's path may not exist under the root; then only the
+    root counts.
     """
     for line in _text(membership).splitlines():
         _, controllers, group = line.split(":", 2)
@@ -131,7 +132,7 @@ def _control_groups(controller: str, membership: Path, root: Path) -> Iterator[P
 
 def _host() -> dict[str, float]:
     readings: dict[str, float] = {}
-    with suppress(Exception):  # psutil raises kinds of its own, and the package itself may be missing
+    with suppress(Exception):  # psutil has its own exceptions, and may not be installed
         import psutil
 
         memory = psutil.virtual_memory()
@@ -153,7 +154,7 @@ def _shared_memory() -> dict[str, float]:
 
 
 def _gpus() -> dict[str, float]:
-    """Readings of each visible GPU; GPU parts (MIG) have memory but no utilisation."""
+    """Readings of each visible GPU; MIG instances have memory but no utilisation."""
     readings: dict[str, float] = {}
     with suppress(Exception), nvml() as library:  # no package, no driver, or a GPU that has fallen off the bus
         gpus = visible_gpus(library.nvmlDeviceGetCount(), os.environ.get("CUDA_VISIBLE_DEVICES"))

@@ -1,4 +1,4 @@
-"""Work in threads, and progress bars. Pillow, numpy, hashing and torch let other threads run meanwhile."""
+"""Work in threads, and progress bars. Pillow, numpy, hashing and torch release the GIL, so threads run in parallel."""
 
 import queue
 import threading
@@ -14,32 +14,32 @@ from stas.system.resources import cores
 T = TypeVar("T")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-PREFETCHED = 2  # items made ahead by default
+PREFETCHED = 2  # items prepared in advance by default
 
 
 def bar(items: Iterable[T], total: int, description: str, show: bool = True) -> Iterable[T]:
-    """Go through `items` with a progress bar, gone when done; no bar unless stderr is a terminal and `show`."""
-    disable = None if show else True  # None asks tqdm to look whether there is a terminal
+    """Iterate over `items` with a temporary progress bar; no bar unless `show` is set and stderr is a terminal."""
+    disable = None if show else True  # None: tqdm checks whether stderr is a terminal
     return tqdm(items, description, total, leave=False, disable=disable, dynamic_ncols=True)
 
 
 def in_threads(
     function: Callable[[Item], Result], items: Sequence[Item], task: str, workers: int | None = None
 ) -> list[Result]:
-    """`function` of every item, in order, with a progress bar named `task`.
+    """Apply `function` to every item in threads, with a progress bar; results are in order.
 
     Args:
         function: called once per item.
         items: the items.
-        task: named by the progress bar.
-        workers: number of threads; by default one for each processor that this process may use.
+        task: the progress bar's label.
+        workers: number of threads; by default one per core that this process may use.
     """
     with ThreadPoolExecutor(workers or cores()) as pool:
         return list(bar(pool.map(function, items), len(items), task))
 
 
 def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """`function` of every item, in order, made in threads at most twice `workers` ahead, which bounds memory."""
+    """Apply `function` to every item in threads, in order, at most twice `workers` ahead, which bounds memory."""
     waiting: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(workers)
     try:
@@ -54,9 +54,9 @@ def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], workers
 
 
 def prefetch(items: Iterator[T], depth: int = PREFETCHED) -> Generator[T, None, None]:
-    """Yield from `items`, made up to `depth` ahead in a thread, which torch and Pillow let run beside the step.
+    """Yield from `items`, prepared up to `depth` ahead in a thread while the caller works.
 
-    While the caller has one item, `depth` wait and one more is being made.
+    While the caller has one item, `depth` are waiting and one more is being prepared.
     """
     ready: queue.Queue[tuple[T | None, BaseException | None, bool]] = queue.Queue(depth)
     closed = threading.Event()

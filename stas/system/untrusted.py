@@ -1,7 +1,7 @@
-"""Reading files that come from strangers: how large they may be, and how little of them is repeated in a message.
+"""Read files from strangers: limit their size, and quote little of them in messages.
 
-The readers of JSON, YAML, images, stores and checkpoints stand on these few functions, so that no file makes a reader
-wait, or take more than a bounded amount of memory, before it has been looked at.
+The readers of JSON, YAML, images, stores and checkpoints use these functions, so no file can make a reader hang or use
+unbounded memory before it has been checked.
 """
 
 import json
@@ -14,17 +14,17 @@ import yaml
 
 from stas.errors import InputDataError
 
-# A parsed value takes up to 150 bytes for each bracket, comma and colon: 1 GiB. A polygon of 10^6 points has 3 million.
+# Parsing takes up to 150 bytes per bracket, comma and colon: 1 GiB. A polygon of 10^6 points has 3 million.
 MAX_JSON_VALUES = 7_000_000
-MAX_JSON_BYTES = 256 * 1024 * 1024  # a manifest has half a kilobyte for each sample
-MAX_YAML_BYTES = 64 * 1024  # a recipe has one or two kilobytes; PyYAML takes a second for these
+MAX_JSON_BYTES = 256 * 1024 * 1024  # a manifest has half a kilobyte per sample
+MAX_YAML_BYTES = 64 * 1024  # a recipe has one or two kilobytes; PyYAML takes a second for 64
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 
 
 def check_file(path: Path, most: int) -> int:
-    """The size in bytes of a file that may be opened: not a pipe or device, on which reading never ends.
+    """Check that a file is safe to open, and return its size in bytes. Reading a pipe or device might never end.
 
     Links are followed, because data sets are often directories of links.
 
@@ -33,10 +33,10 @@ def check_file(path: Path, most: int) -> int:
     """
     try:
         found = path.stat()
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise InputDataError(f"{path}: not readable ({error}): look at its name and permissions") from error
+    except (OSError, ValueError) as error:  # ValueError: an impossible file name
+        raise InputDataError(f"{path}: not readable ({error}): check its name and permissions") from error
     if not stat.S_ISREG(found.st_mode):
-        raise InputDataError(f"{path}: not readable, because it is not a regular file: take it out of the directory")
+        raise InputDataError(f"{path}: not readable, because it is not a regular file: move it out of the directory")
     if found.st_size > most:
         raise InputDataError(f"{path}: {found.st_size} bytes, more than {most}: use a smaller file")
     return found.st_size
@@ -46,39 +46,39 @@ def read_bounded(path: Path, most: int) -> bytes:
     """The content of a regular file of at most `most` bytes.
 
     Raises:
-        InputDataError: as `check_file`, or not readable.
+        InputDataError: see `check_file`, or not readable.
     """
     size = check_file(path, most)
     try:
         with open(path, "rb") as file:
             content = file.read(size + 1)
-            if len(content) > size:  # it has grown since it was looked at
+            if len(content) > size:  # it has grown since it was checked
                 content += file.read(most + 1 - len(content))
     except OSError as error:
-        raise InputDataError(f"{path}: not readable ({error}): look at its permissions and its disk") from error
+        raise InputDataError(f"{path}: not readable ({error}): check its permissions and its disk") from error
     if len(content) > most:
         raise InputDataError(f"{path}: more than {most} bytes: use a smaller file")
     return content
 
 
 def parse_json(content: bytes) -> Any:
-    """Parse JSON, in memory of at most 8 times its size plus 1 GiB.
+    """Parse JSON, using at most 8 times its size plus 1 GiB of memory.
 
     Raises:
-        ValueError: not JSON, too deeply nested, or of more than MAX_JSON_VALUES values; says so in a line.
+        ValueError: not JSON, too deeply nested, or more than MAX_JSON_VALUES values; the message is one line.
     """
-    values = sum(content.count(mark) for mark in b"[{,:")  # of those in strings, too: base64 has none of them
+    values = sum(content.count(mark) for mark in b"[{,:")  # also counts marks in strings, but base64 has none
     if values > MAX_JSON_VALUES:
         raise ValueError(f"more than {MAX_JSON_VALUES} values")
     try:
-        # Not a UTF-16 or UTF-32 text, which json would detect: nobody writes those, and they take four times as much.
+        # Not json's own detection of UTF-16 and UTF-32: nobody writes those, and they take four times the memory.
         return json.loads(content.decode("utf-8-sig"))
     except RecursionError:
         raise ValueError("too deeply nested") from None
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases, of which a few lines can stand for more than fits into memory."""
+    """YAML without aliases: a few lines of them can expand to more than fits into memory."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -88,10 +88,10 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def parse_yaml(content: bytes | str) -> Any:
-    """Parse YAML of plain values: no tags that make objects, no aliases.
+    """Parse YAML of plain values: no tags that create objects, no aliases.
 
     Raises:
-        ValueError: not such YAML, too deeply nested, or more than MAX_YAML_BYTES; says so in a line.
+        ValueError: not plain YAML, too deeply nested, or more than MAX_YAML_BYTES; the message is one line.
     """
     if len(content) > MAX_YAML_BYTES:
         raise ValueError(f"more than {MAX_YAML_BYTES} bytes")
@@ -99,14 +99,14 @@ def parse_yaml(content: bytes | str) -> Any:
         return yaml.load(content, _PlainLoader)
     except RecursionError:
         raise ValueError("too deeply nested") from None
-    except Exception as error:  # PyYAML's own, and what its constructors raise for 2001-99-99 or !!int x
+    except Exception as error:  # PyYAML's own, and those of its constructors for 2001-99-99 or !!int x
         raise ValueError(" ".join(str(error)[:500].split()) or type(error).__name__) from error
 
 
 def shown(value: Any) -> str:
-    """A value for a message: its repr, at most some 60 characters of it, made without making all of it."""
+    """A short repr of a value for a message, about 60 characters, without building the whole repr."""
     try:
         text = _SHORT.repr(value)
-    except Exception:  # a number of more digits than Python writes
+    except Exception:  # a number with more digits than Python prints
         text = f"a {type(value).__name__}"
     return text if len(text) <= 80 else text[:77] + "..."

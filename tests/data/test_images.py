@@ -143,14 +143,14 @@ def test_stems_that_are_one_name_elsewhere_are_refused(tmp_path, one, other):
     for name in (one, other):
         (tmp_path / name).touch()
     with pytest.raises(
-        InputDataError, match="but for case or the form of accents, which names their masks: rename one"
+        InputDataError, match=r"\(ignoring case and how accents are encoded\), which names their masks: rename one"
     ):
         list_images(tmp_path)
 
 
 def test_a_stem_too_long_for_its_mask_is_refused(tmp_path):
     (tmp_path / ("\u00e9" * 76 + ".png")).touch()
-    with pytest.raises(InputDataError, match="a stem of 152 bytes, more than 150: rename it"):
+    with pytest.raises(InputDataError, match="the stem has 152 bytes, more than 150: rename it"):
         list_images(tmp_path)
 
 

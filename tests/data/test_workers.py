@@ -40,7 +40,7 @@ def test_a_record_stays_as_it_is_until_the_next_one_is_asked_for():
 
 
 def test_too_little_shared_memory_is_explained():
-    with pytest.raises(UsageError, match=r"2 workers need \d+ MiB in /dev/shm or .* fewer with --workers"):
+    with pytest.raises(UsageError, match=r"2 workers need \d+ MiB in /dev/shm or .* use fewer workers \(--workers\)"):
         next(records(make, range(4), (2**20, 2**20), 2))
 
 

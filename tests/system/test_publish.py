@@ -81,15 +81,15 @@ def test_what_is_not_ours_is_never_replaced(tmp_path: Path):
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("years of work")
-    refused(precious, "vote", "not known to be a vote made by stas")
+    refused(precious, "vote", "not known to be stas's own vote")
     (precious / "manifest.json").write_text('{"name": "a web extension", "key": {}, "images": {}}')
-    refused(precious, "vote", "not known to be a vote made by stas")
+    refused(precious, "vote", "not known to be stas's own vote")
 
 
 @pytest.mark.parametrize("kind", ["prediction set", "store", "evaluation"])
 def test_a_directory_of_another_kind_is_never_replaced(tmp_path: Path, kind: publish.Kind):
     made(tmp_path / "set", kind=kind)
-    refused(tmp_path / "set", "vote", f"a '{kind}', not a vote")
+    refused(tmp_path / "set", "vote", f"its kind is '{kind}', not vote")
 
 
 def test_files_added_or_changed_since_keep_a_directory_from_being_replaced(tmp_path: Path):
@@ -113,7 +113,7 @@ def test_a_file_or_a_link_in_its_place_is_refused(tmp_path: Path):
     (tmp_path / "file").write_text("a file")
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     for name in ("file", "link"):
-        with pytest.raises(UsageError, match="not a directory of stas's own"):
+        with pytest.raises(UsageError, match="not a directory made by stas"):
             check_replaceable(tmp_path / name, "vote")
 
 

@@ -128,4 +128,4 @@ def test_the_first_rank_takes_the_lock_and_the_others_learn_the_outcome(tmp_path
     leave(path, silent=0)
     first, second = said()
     assert "rank 0 stops" in first and "in use by host node7, process 1, since 2026-01-01" in first
-    assert "rank 1 stops" in second and "the first rank could not begin" in second
+    assert "rank 1 stops" in second and "the first rank could not start" in second
