@@ -1,4 +1,4 @@
-"""The ways a stage can end early, and the exit codes that tell a scheduler which it was."""
+"""The ways a stage can end early, and the exit codes that report them to a scheduler."""
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -8,16 +8,16 @@ EXIT_RESUMABLE = 75
 
 
 class UsageError(ValueError):
-    """A wrong option or recipe. Nothing was tried; exit code 2."""
+    """A wrong option or recipe; nothing was started. Exit code 2."""
 
 
 class InputDataError(ValueError):
-    """An image, annotation, mask or checkpoint that cannot be used; exit code 3."""
+    """An image, annotation, mask or checkpoint that cannot be used. Exit code 3."""
 
 
 class StoppedEarly(Exception):
-    """The stage stopped before its end and goes on when started again; exit code 75."""
+    """The stage stopped early and resumes when started again. Exit code 75."""
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on as it is: numbers or memory are gone; exit code 1. The last checkpoint is kept."""
+    """Training cannot continue: numbers are not finite, or memory ran out. Exit code 1. The last checkpoint is kept."""

@@ -1,6 +1,6 @@
 """The entry point of every launcher: Slurm, Kubernetes, docker and the shell all end in `stas launch STAGE ...`.
 
-Only here does torchrun start. It hides its workers' exit codes, so every rank leaves its own in a status directory.
+torchrun is started only here. It hides its workers' exit codes, so every rank leaves its own in a status directory.
 """
 
 import logging
@@ -24,8 +24,8 @@ RANKED = ("train", "infer")  # the stages that run as several processes
 # Seconds between SIGTERM and SIGKILL for the ranks. Longer than a checkpoint takes; shorter than Kubernetes'
 # terminationGracePeriodSeconds and Slurm's --signal lead (a test compares them).
 SHUTDOWN_TIMEOUT = 120
-# Seconds that the ranks have to end by themselves when one of them has died: to log why, and to end a checkpoint.
-# torchrun gives them 30, and where the dead one had only failed, any time.
+# Seconds the other ranks get to exit after one has died: to log why and to finish a checkpoint.
+# torchrun gives them 30, or any amount of time if that rank only failed.
 BEREAVED_TIMEOUT = 20
 
 
@@ -39,25 +39,25 @@ def launch(
     job: str | None = None,
     node: int | None = None,
 ) -> int:
-    """Run one stage, `train` and `infer` as one process per GPU of every node.
+    """Run one stage; `train` and `infer` run as one process per GPU on every node.
 
     Args:
-        stage: the stage with its arguments, as after `stas`.
+        stage: the stage and its arguments, as they follow `stas` on the command line.
         run: runs a stage in this process and returns its exit code.
-        check: ends this process where the arguments are wrong, so that every rank need not say so.
-        processes: ranks on this node; None: one for each GPU, or one where there is none.
-        nodes: nodes of the job; each runs this same command.
-        rendezvous: host:port of one of the nodes, where they meet; needed for several.
-        job: what tells this job from others that meet at the same place; needed for several nodes.
-        node: this node's number, from 0, where the launcher knows it: node 0 is the one named by `rendezvous`. Else
-            torchrun compares names and addresses, which a cluster's DNS may not know yet.
+        check: exits if the arguments are wrong, so that the error appears once, not on every rank.
+        processes: ranks on this node; None means one per GPU, or one if there is no GPU.
+        nodes: number of nodes in the job; each runs this same command.
+        rendezvous: host:port of the node where they meet; required for several nodes.
+        job: a name that distinguishes this job from others at the same rendezvous; required for several nodes.
+        node: this node's number, from 0, if the launcher knows it; node 0 is the one in `rendezvous`. If None,
+            torchrun compares host names and addresses, which a cluster's DNS may not know yet.
 
     Returns:
-        The stage's exit code: the worst_exit_code of its ranks'.
+        The stage's exit code; for several ranks, their `worst_exit_code`.
 
     Raises:
-        StoppedEarly: SIGTERM or SIGUSR1 came before the stage could handle it.
-        UsageError: several nodes without a place to meet.
+        StoppedEarly: SIGTERM or SIGUSR1 arrived before the stage could handle it.
+        UsageError: several nodes without `rendezvous` and `job`.
     """
     if nodes > 1 and not (rendezvous and job):
         raise UsageError(f"{nodes} nodes need --rendezvous HOST:PORT and --job NAME, the same on all of them")
@@ -81,15 +81,15 @@ def worst_exit_code(codes: Sequence[int | None], stopped: bool) -> int:
     """One exit code for all ranks.
 
     Args:
-        codes: what each rank ended with; None where it was killed or failed with a traceback.
-        stopped: whether a signal asked for the end.
+        codes: each rank's exit code; None if it was killed or failed with a traceback.
+        stopped: whether a signal asked the ranks to stop.
     """
     for code in (EXIT_USAGE, EXIT_BAD_INPUT, EXIT_FAILED):
         if code in codes:
             return code
     if all(code == EXIT_OK for code in codes):
         return EXIT_OK
-    # One that stopped early has seen to the checkpoint; torchrun then ends the others, whatever they were still at.
+    # A rank that stopped early has made sure of the checkpoint; torchrun then ends the others, whatever they are doing.
     return EXIT_RESUMABLE if stopped or EXIT_RESUMABLE in codes else EXIT_FAILED
 
 
@@ -99,17 +99,17 @@ def _torchrun(options: list[str], stage: Sequence[str], count: int) -> int:
     from torch.distributed.run import get_args_parser, parse_args
     from torch.distributed.run import run as torchrun
 
-    # Half of the cores would idle with torchrun's default of one thread a rank.
+    # torchrun's default of one thread per rank would leave half of the cores idle.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
-    if "--shutdown-timeout" in get_args_parser().format_help():  # older ones wait 30 seconds
+    if "--shutdown-timeout" in get_args_parser().format_help():  # older versions wait 30 seconds
         options = [*options, "--shutdown-timeout", str(SHUTDOWN_TIMEOUT)]
-    # torchrun takes over SIGTERM when it has started the ranks; SIGUSR1, Slurm's warning, shall mean the same.
+    # torchrun handles SIGTERM once it has started the ranks. Treat SIGUSR1, Slurm's warning, the same way.
     signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     stopped = False
     with tempfile.TemporaryDirectory(prefix="stas-status-") as directory:
         os.environ[STATUS_DIRECTORY] = directory
         over = Event()
-        watch = Thread(target=_end_with_the_dead, args=(Path(directory), over), daemon=True)
+        watch = Thread(target=_kill_stuck_ranks, args=(Path(directory), over), daemon=True)
         watch.start()
         try:
             # "--" keeps torchrun from reading the stage's options as its own.
@@ -119,18 +119,18 @@ def _torchrun(options: list[str], stage: Sequence[str], count: int) -> int:
         except ChildFailedError as error:
             print(f"stas: {error}", file=sys.stderr)
         finally:
-            del os.environ[STATUS_DIRECTORY]  # it was for the ranks
+            del os.environ[STATUS_DIRECTORY]  # only the ranks need it
             over.set()
             watch.join()
-        said: list[int | None] = [int(code) for path in Path(directory).iterdir() if (code := path.read_text())]
-    return worst_exit_code(said + [None] * (count - len(said)), stopped)
+        codes: list[int | None] = [int(code) for path in Path(directory).iterdir() if (code := path.read_text())]
+    return worst_exit_code(codes + [None] * (count - len(codes)), stopped)
 
 
-def _end_with_the_dead(status: Path, over: Event) -> None:
-    """End this node's ranks soon after one of them has died or failed; runs until `over`.
+def _kill_stuck_ranks(status: Path, over: Event) -> None:
+    """Kill this node's remaining ranks soon after one has died or failed. Runs until `over` is set.
 
-    torchrun asks them to by SIGTERM, and kills those that do not hear it only after SHUTDOWN_TIMEOUT, which a stop with
-    a checkpoint may need. One that waits inside NCCL for a dead rank never hears it.
+    torchrun sends them SIGTERM, and kills those that do not react only after SHUTDOWN_TIMEOUT, which a stop with a
+    checkpoint may need. A rank waiting inside NCCL for a dead one never reacts.
     """
     while not over.wait(1):
         ranks = [int(path.name) for path in status.iterdir()]
@@ -139,23 +139,23 @@ def _end_with_the_dead(status: Path, over: Event) -> None:
             continue
         for rank in ranks:
             if not _ended(rank):
-                log.error("process %d has not ended since rank process %d was lost: ending it", rank, lost)
-                with suppress(ProcessLookupError):  # torchrun was faster
+                log.error("rank process %d is still running after rank process %d was lost: killing it", rank, lost)
+                with suppress(ProcessLookupError):  # torchrun got there first
                     os.kill(rank, signal.SIGKILL)
 
 
 def _lost(status: Path, rank: int) -> bool:
-    """Whether a rank has failed, or ended without a word; not one that is done or stopped early."""
-    ended = _ended(rank)  # before its word is read, which it may just be writing
+    """Whether a rank failed, or ended without reporting an exit code; not if it finished or stopped early."""
+    ended = _ended(rank)  # checked first, because the rank may be writing its exit code right now
     said = (status / str(rank)).read_text()
     return said not in ("", str(EXIT_OK), str(EXIT_RESUMABLE)) or (ended and not said)
 
 
 def _ended(child: int) -> bool:
-    """Whether a process that torchrun started has ended; it stays torchrun's to wait for."""
+    """Whether a process started by torchrun has ended. Reaping it is left to torchrun."""
     try:
         return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    except ChildProcessError:  # torchrun has waited for it
+    except ChildProcessError:  # torchrun has reaped it
         return True
 
 
@@ -166,4 +166,4 @@ def _gpus() -> int:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    raise StoppedEarly(f"{signal.Signals(number).name} came; the same command goes on")
+    raise StoppedEarly(f"stopped by {signal.Signals(number).name}; run the same command again to resume")

@@ -1,4 +1,4 @@
-"""Train one member of the ensemble: alone or as several ranks, on CPU or GPU, the same code.
+"""Train one member of the ensemble. One process or several ranks, CPU or GPU: the code is the same.
 
 stas train --recipe NAME --workspace WS
 stas launch train --recipe NAME --workspace WS     (one rank per GPU)
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 class Clock:
-    """The seconds that a run has taken over all its parts, and since its last checkpoint."""
+    """Seconds a run has taken over all its parts, and seconds since its last checkpoint."""
 
     def __init__(self, elapsed: float, limit: float, checkpoint_every: float) -> None:
         self._began = time.monotonic() - elapsed
@@ -59,7 +59,7 @@ class Clock:
         return time.monotonic() - self._saved > self._checkpoint_every
 
     def picture_due(self) -> bool:
-        """True, but not again within ten seconds: epochs may be shorter than the drawing of their curve."""
+        """True at most once every ten seconds: an epoch may be shorter than drawing its curve."""
         due = time.monotonic() - self._drawn > 10
         if due:
             self._drawn = time.monotonic()
@@ -73,20 +73,20 @@ def train(
     time_limit: float | None = None,
     checkpoint_every: float = 600,
 ) -> None:
-    """Train `recipe` to its last epoch, going on from the run's newest checkpoint where there is one.
+    """Train `recipe` to its last epoch, resuming from the run's newest checkpoint if there is one.
 
     Args:
-        recipe: what to train.
-        workspace: where its store is and the run's files go.
-        name: of the run; the recipe's where None.
-        time_limit: seconds that the run may take over all its parts; it ends well when they are spent.
-        checkpoint_every: seconds after which a checkpoint is written within an epoch; each epoch's end writes one.
+        recipe: the recipe to train.
+        workspace: where the store is and where the run's files go.
+        name: the run's name; None means the recipe's name.
+        time_limit: seconds the run may take over all its parts; it ends cleanly when they are used up.
+        checkpoint_every: seconds between checkpoints within an epoch; every epoch also ends with one.
 
     Raises:
-        StoppedEarly: SIGTERM or SIGUSR1 came; a checkpoint is written and the same command goes on. Or another process
-            trains this run, and still did after some minutes of waiting.
-        TrainingError: the loss is not finite, or the GPU's memory does not suffice.
-        UsageError: the run exists with another recipe; no store; a batch smaller than the number of ranks.
+        StoppedEarly: SIGTERM or SIGUSR1 arrived; a checkpoint is written, and the same command resumes. Or another
+            process is training this run, and still was after some minutes of waiting.
+        TrainingError: the loss is not finite, or the GPU runs out of memory.
+        UsageError: the run exists with another recipe; there is no store; the batch is smaller than the rank count.
     """
     paths = workspace.run(name or recipe.name)
     with (
@@ -97,11 +97,11 @@ def train(
     ):
         if held:
             remove_leftovers(paths)
-        distributed.barrier()  # nobody reads a checkpoint that is just being renamed
+        distributed.barrier()  # no rank may read a checkpoint while it is being renamed
         epochs, limit = recipe.train.epochs, math.inf if time_limit is None else time_limit
         run, state = set_up(recipe, workspace, paths, ranks, limit)
         if state.ended(epochs, limit):
-            log.info("%s: %d of %d epochs are done; nothing to do", paths.root, state.epoch, epochs)
+            log.info("%s: %d of %d epochs finished; nothing to do", paths.root, state.epoch, epochs)
             return
         metrics = None
         if ranks.first:
@@ -109,7 +109,7 @@ def train(
         clock = Clock(state.elapsed, limit, checkpoint_every)
         writer = files.enter_context(CheckpointWriter(paths, held))
         while not distributed.any_rank(state.ended(epochs, limit))[0]:
-            with _memory_explained(run):
+            with _explain_out_of_memory(run):
                 train_loss, images = _train_epoch(run, state, stop, clock, writer)
                 scores = validate(run, stop)
             if scores is None:
@@ -128,7 +128,7 @@ def train(
                 "elapsed": state.elapsed,
                 "best": best,
             }
-            if metrics:  # before the checkpoint: going on from an older one cuts the line off again
+            if metrics:  # log first: resuming truncates the log
                 metrics.append(record | usage())
                 if clock.picture_due() or state.ended(epochs, limit):
                     draw_curves(metrics.records, paths.curves, title=paths.root.name)
@@ -136,14 +136,14 @@ def train(
             _save(run, state, clock, writer, best)
         _finish_writing(writer)
         if state.epoch < epochs:
-            log.warning("%s: the time limit ends the run after %d of %d epochs", paths.root, state.epoch, epochs)
+            log.warning("%s: time limit reached after %d of %d epochs", paths.root, state.epoch, epochs)
         log.info("%s: best epoch %d, validation loss %.4f", paths.root, state.best_epoch, state.best_loss)
 
 
 def _train_epoch(
     run: TrainingRun, state: TrainState, stop: Event, clock: Clock, writer: CheckpointWriter
 ) -> tuple[float, int]:
-    """Run the epoch's remaining steps; return the mean loss over its images and the number of images seen now."""
+    """Run the epoch's remaining steps; return its mean loss per image and the number of images seen in this call."""
     recipe, ranks = run.recipe, run.ranks
     steps = steps_per_epoch(len(run.training), recipe.train.batch)
     batches = epoch_batches(
@@ -174,13 +174,13 @@ def _train_epoch(
 def train_step(
     run: TrainingRun, state: TrainState, batch: Batch, steps: int, stop: Event, clock: Clock
 ) -> tuple[bool, bool, bool]:
-    """Take one of the epoch's `steps`; return whether to stop, whether a checkpoint is due, whether time is spent."""
+    """Take one of the epoch's `steps`; return whether to stop, whether a checkpoint is due and whether time is up."""
     recipe, ranks = run.recipe, run.ranks
     step = state.epoch * steps + state.step
     rate = rate_factor(recipe.schedule, step, steps * recipe.train.epochs)
     set_learning_rate(run.optimizer, recipe.optimizer.lr * rate)
     _seed_step(recipe.train.seed, step, ranks.rank)
-    # A network that has seen NaN keeps it in the running statistics of its normalisations.
+    # A NaN would stay in the running statistics of the normalisation layers.
     buffers = [buffer.clone() for buffer in run.network.buffers()] if recipe.train.max_bad_steps else []
     images, masks = prepare(batch, recipe.data, recipe.augment, recipe.train.channels_last)
 
@@ -188,16 +188,16 @@ def train_step(
     with autocast(ranks.device, recipe.train.precision):
         logits = run.parallel(images)
     per_image = run.loss(logits, masks) * batch.weights
-    # DDP divides gradients by the number of ranks, which leaves the mean over the global batch.
+    # DDP divides gradients by the number of ranks; this leaves the mean over the global batch.
     loss = per_image.sum() * ranks.size / batch.total
     run.scaler.scale(loss).backward()
 
     checked: list[Tensor] = [per_image.detach().sum()]
-    if not run.scaler.is_enabled():  # fp16's scaler checks gradients itself, and lowers its scale
+    if not run.scaler.is_enabled():  # the fp16 scaler checks gradients itself and lowers its scale
         gradients = [value.grad for value in run.network.parameters() if value.grad is not None]
         checked.append(torch.nn.utils.get_total_norm(gradients))
     finite = bool(torch.stack([value.float() for value in checked]).isfinite().all())
-    # All ranks must agree, or some would wait in the next step for those that stopped.
+    # All ranks must agree; otherwise some would wait in the next step for those that stopped.
     bad, stopping, due, spent = distributed.any_rank(
         not finite,
         stop.is_set(),
@@ -218,7 +218,7 @@ def train_step(
 
 
 def _skip(run: TrainingRun, state: TrainState, batch: Batch, buffers: list[Tensor]) -> None:
-    """Leave out a step whose loss or gradient is not finite; give up when the recipe's number of them is exceeded."""
+    """Skip a step whose loss or gradient is not finite; fail if there are more than the recipe allows."""
     state.bad_steps += 1
     samples = sorted({stem for stems in distributed.gather_objects(batch.stems) for stem in stems})
     where = f"{run.paths.root}: loss or gradient is not finite in epoch {state.epoch + 1}, step {state.step + 1}"
@@ -227,30 +227,30 @@ def _skip(run: TrainingRun, state: TrainState, batch: Batch, buffers: list[Tenso
     allowed = run.recipe.train.max_bad_steps
     if state.bad_steps > allowed:
         raise TrainingError(
-            f"{where}, on samples {', '.join(samples)} (kept in {run.paths.bad_steps}). {allowed} such steps may be "
-            "skipped (train.max_bad_steps); the last checkpoint is kept: look at these samples, lower optimizer.lr, or "
-            "use train.precision=bf16 or fp32"
+            f"{where}, on samples {', '.join(samples)} (recorded in {run.paths.bad_steps}). {allowed} such steps may "
+            "be skipped (train.max_bad_steps). The last checkpoint is kept; check these samples, lower optimizer.lr, "
+            "or use train.precision=bf16 or fp32"
         )
     for buffer, before in zip(run.network.buffers(), buffers, strict=True):
         buffer.copy_(before)
-    log.warning("%s: skipped, %d of at most %d; samples %s", where, state.bad_steps, allowed, ", ".join(samples))
+    log.warning("%s: step skipped (%d of at most %d); samples %s", where, state.bad_steps, allowed, ", ".join(samples))
 
 
 def _check_scale(run: TrainingRun) -> None:
-    """The scaler of fp16 skips by itself, and halves its scale each time; below 1 it helps nothing."""
+    """Fail once the fp16 scale is below 1, where it no longer helps. The scaler halves it at every step it skips."""
     if run.scaler.is_enabled() and run.scaler.get_scale() < 1:
         raise TrainingError(
-            f"{run.paths.root}: gradients are not finite however small the loss is scaled (now by "
-            f"{run.scaler.get_scale():g}). The last checkpoint is kept; use train.precision=bf16 or fp32"
+            f"{run.paths.root}: gradients are not finite even with the loss scaled by "
+            f"{run.scaler.get_scale():g}. The last checkpoint is kept; use train.precision=bf16 or fp32"
         )
 
 
 def _end_epoch(run: TrainingRun, state: TrainState, clock: Clock, val_loss: float) -> None:
-    """Count the epoch, unless its validation shows that the network is lost."""
+    """Count the epoch as finished; fail if its validation loss is not finite."""
     if not math.isfinite(val_loss):
         raise TrainingError(
-            f"{run.paths.root}: the validation loss is {val_loss} after epoch {state.epoch + 1}. The checkpoint of "
-            "the epoch before is kept; lower optimizer.lr, or use train.precision=bf16 or fp32"
+            f"{run.paths.root}: the validation loss is {val_loss} after epoch {state.epoch + 1}. The previous "
+            "epoch's checkpoint is kept; lower optimizer.lr, or use train.precision=bf16 or fp32"
         )
     elapsed = clock.elapsed()
     state.epoch_seconds, state.elapsed = elapsed - state.elapsed, elapsed
@@ -260,7 +260,7 @@ def _end_epoch(run: TrainingRun, state: TrainState, clock: Clock, val_loss: floa
 
 
 def _save(run: TrainingRun, state: TrainState, clock: Clock, writer: CheckpointWriter, best: bool = False) -> None:
-    """Begin to write the last and, where it is the new best, the best checkpoint. Every rank must call it."""
+    """Start writing the last checkpoint and, if this is a new best, the best one. Every rank must call this."""
     distributed.broadcast_buffers(run.network)
     metadata = run.metadata(replace(state, elapsed=clock.elapsed()))
     if run.ranks.first:
@@ -269,25 +269,25 @@ def _save(run: TrainingRun, state: TrainState, clock: Clock, writer: CheckpointW
 
 
 def _stop_early(run: TrainingRun, state: TrainState, clock: Clock, writer: CheckpointWriter) -> NoReturn:
-    """Save the epoch under way: its steps so far or, before its validation, all of them."""
+    """Save the current epoch: the steps so far, or all of them if only validation remains."""
     _save(run, state, clock, writer)
     _finish_writing(writer)
-    raise StoppedEarly(f"{run.paths.root}: stopped in epoch {state.epoch + 1}; the same command goes on")
+    raise StoppedEarly(f"{run.paths.root}: stopped in epoch {state.epoch + 1}; run the same command again to resume")
 
 
 def _finish_writing(writer: CheckpointWriter) -> None:
-    """Wait until the first rank's checkpoint is on disk: a rank that ended before it would have it killed."""
+    """Wait until the first rank's checkpoint is on disk. Otherwise torchrun kills rank 0 mid-write."""
     writer.wait()
     distributed.barrier()
 
 
 def _seed_step(seed: int, step: int, rank: int) -> None:
-    """Make the network's own random draws (dropout, stochastic depth) a function of the step, also after a resume."""
+    """Make the network's own random draws (dropout, stochastic depth) a function of the step, even after resuming."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
 
 
 @contextmanager
-def _memory_explained(run: TrainingRun) -> Iterator[None]:
+def _explain_out_of_memory(run: TrainingRun) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -296,15 +296,15 @@ def _memory_explained(run: TrainingRun) -> Iterator[None]:
         height, width = run.recipe.data.size
         images = run.ranks.share(run.recipe.train.batch)
         raise TrainingError(
-            f"{run.paths.root}: out of GPU memory with {images} images of {height} x {width} on each of "
-            f"{run.ranks.size} ranks, peak {peak:.1f} GiB: lower train.batch ({run.recipe.train.batch} over all ranks) "
-            "or data.size, take more GPUs, or use train.precision=bf16"
+            f"{run.paths.root}: out of GPU memory with {images} images of {width} x {height} pixels (width x height) "
+            f"on each of {run.ranks.size} ranks, peak {peak:.1f} GiB: lower train.batch ({run.recipe.train.batch} over "
+            "all ranks) or data.size, use more GPUs, or use train.precision=bf16"
         ) from error
 
 
 @contextmanager
 def _stop_signal() -> Iterator[Event]:
-    """An event that SIGTERM and SIGUSR1 set. The handler only sets it; training and validation ask all ranks."""
+    """An event that SIGTERM and SIGUSR1 set. Training and validation check it, together with all ranks."""
     stop = Event()
     numbers = (signal.SIGTERM, signal.SIGUSR1)
     before = [signal.signal(number, lambda *_: stop.set()) for number in numbers]

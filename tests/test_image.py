@@ -352,7 +352,7 @@ def test_sigterm_ends_training_with_75_and_the_same_command_goes_on(
     done = podman("run", *run_options(data, workspace), image, *train, "--set", f"train.epochs={stopped + 3}")
     assert done.returncode == EXIT_OK
     assert f"{processes} ranks" in done.stderr
-    assert f"going on after epoch {stopped}" in done.stderr
+    assert f"resuming after epoch {stopped}" in done.stderr
     assert [row["epoch"] for row in read_metrics(metrics)] == list(range(1, stopped + 4))
 
 

@@ -687,7 +687,7 @@ def test_a_stopped_pod_ends_resumable_and_the_next_one_goes_on(
     limited = with_seconds_left(endless, run, 20)
     replaced = limited.run_pod(limited.pod(job, 0))
     assert replaced.code == 0, replaced.log
-    assert f"going on after epoch {before}" in replaced.log
+    assert f"resuming after epoch {before}" in replaced.log
     assert epochs_done(run) > before
 
 
@@ -719,7 +719,7 @@ def test_two_nodes_train_one_member_and_stop_together(
     before = epochs_done(run)
     ended = both(with_seconds_left(pair, run, 20), stop=False)
     assert [attempt.code for attempt in ended] == [0, 0], "\n".join(each.log for each in ended)
-    assert f"going on after epoch {before}" in ended[0].log + ended[1].log
+    assert f"resuming after epoch {before}" in ended[0].log + ended[1].log
 
 
 def test_the_script_is_executable():

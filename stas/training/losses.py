@@ -17,7 +17,7 @@ def build_loss(loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
 
     Returns:
         A function of logits (N, 1, H, W) and targets in [0, 1] of the same shape to losses (N,), float32.
-        It is one number per image so that a batch that is cut unevenly over the ranks can be averaged over images.
+        One number per image, so that a batch split unevenly over the ranks can be averaged over images.
     """
     terms: list[tuple[float, Callable[[Tensor, Tensor], Tensor]]] = []
     if loss.dice:

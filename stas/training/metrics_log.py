@@ -1,4 +1,4 @@
-"""What training tells: metrics as JSON lines and TensorBoard events, a line per epoch, a bar on a terminal."""
+"""Training metrics: JSON lines, TensorBoard events, and a log line per epoch."""
 
 import json
 import math
@@ -18,7 +18,7 @@ Record = dict[str, Any]
 class MetricsLog:
     """One JSON object per epoch, appended to a file and to TensorBoard's events.
 
-    The file is cut back to the first `keep_epochs` epochs first, so that a resumed run tells every epoch once.
+    The file is first truncated to `keep_epochs` epochs, so that a resumed run records every epoch once.
     Only one rank of a run may open it.
     """
 
@@ -27,14 +27,16 @@ class MetricsLog:
         write_text(path, "".join(_line(record) for record in kept))
         self.records = read_metrics(path)  # of all epochs so far, over all parts of the run
         self._path = path
-        self._file = path.open("ab", buffering=0)  # with a buffer, what failed would fail again at close
+        self._file = path.open(
+            "ab", buffering=0
+        )  # unbuffered, because a failed write in a buffer would fail again at close
         self._events = SummaryWriter(str(tensorboard_dir), purge_step=keep_epochs + 1)
 
     def append(self, record: Record) -> None:
-        """Append one epoch, on disk when this returns. The key `epoch` (from 1) is the step of the events."""
+        """Append one epoch; it is on disk when this returns. The key `epoch` (from 1) is the step of the events."""
         with named_errors(self._path):
             line = memoryview(_line(record).encode())
-            while line:  # a disk that gets full takes a part, and refuses the next
+            while line:  # a disk that fills up takes a part and refuses the rest
                 line = line[self._file.write(line) :]
             os.fsync(self._file.fileno())
         self.records.append(record)
@@ -57,12 +59,12 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The epochs' records in order; null, which stands for a number that is not finite, becomes NaN.
+    """The epochs' records in order; null, written for a number that is not finite, becomes NaN.
 
-    A last line that a cut-off process left half written is passed over.
+    A half-written last line, left by a killed process, is ignored.
 
     Raises:
-        InputDataError: the file is missing, or another line is not a record; names file and line.
+        InputDataError: the file is missing, or another line is not a record; the message names file and line.
     """
     try:
         lines = path.read_bytes().splitlines()
@@ -73,7 +75,7 @@ def read_metrics(path: Path) -> list[Record]:
         try:
             record = json.loads(line)
             if not isinstance(record, dict) or not isinstance(record.get("epoch"), int):
-                raise ValueError("not an object with a whole number 'epoch'")
+                raise ValueError("not an object with an integer 'epoch'")
         except ValueError as error:
             if number == len(lines):
                 break
@@ -83,13 +85,13 @@ def read_metrics(path: Path) -> list[Record]:
 
 
 def epoch_line(record: Record, epochs: int, seconds_left: float) -> str:
-    """One line for a log: what the epoch reached, how fast, and the time left.
+    """One log line: the epoch's results, its speed, and the time left.
 
     Args:
         record: keys epoch (from 1), train_loss, val_loss, val_dice, lr, images_per_second, seconds (whole epoch)
             and best (bool); a missing one shows as a dash.
-        epochs: how many epochs the run has.
-        seconds_left: estimate for the epochs to go; NaN where there is none.
+        epochs: total number of epochs in the run.
+        seconds_left: estimate for the remaining epochs; NaN if there is none.
     """
     parts = [
         f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}",
@@ -105,7 +107,7 @@ def epoch_line(record: Record, epochs: int, seconds_left: float) -> str:
 
 
 def time_left(records: Sequence[Record], epochs: int, recent: int = 5) -> float:
-    """Estimate the seconds until epoch `epochs` is done, by the mean of the last `recent` epochs' key seconds.
+    """Estimate the seconds until epoch `epochs` is finished, from the mean `seconds` of the last `recent` epochs.
 
     NaN before the first epoch.
     """

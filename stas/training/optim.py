@@ -1,4 +1,4 @@
-"""The optimiser and the learning rate of a step."""
+"""The optimiser, and the learning rate at each step."""
 
 import math
 from collections.abc import Iterable
@@ -37,7 +37,7 @@ def set_learning_rate(optimizer: TorchOptimizer, rate: float) -> None:
 
 
 def rate_factor(schedule: Schedule, step: int, steps: int) -> float:
-    """The learning rate of `step` (from 0) of `steps`, relative to `optimizer.lr`.
+    """The learning rate at `step` (from 0) of `steps`, relative to `optimizer.lr`.
 
     A function of the step alone, so that a resumed run needs no scheduler state.
     """

@@ -1,4 +1,4 @@
-"""A training run set up: network, optimiser, samples, and where the run stands."""
+"""Set up a training run: network, optimiser, samples, and progress so far."""
 
 import logging
 import math
@@ -28,46 +28,46 @@ from stas.training.losses import build_loss
 from stas.training.optim import build_optimizer
 
 log = logging.getLogger(__name__)
-COMPILE_WORTH = 600  # seconds left of a time limit below which compiling, which takes minutes, is not begun
+COMPILE_WORTH = 600  # seconds of a time limit that must be left to start compiling, which takes minutes
 
 
 @dataclass
 class TrainState:
-    """Where a run stands. All of it is in the checkpoint."""
+    """A run's progress. All of it is in the checkpoint."""
 
-    epoch: int = 0  # epochs done
-    step: int = 0  # steps done in the epoch under way
-    images: int = 0  # of all ranks, in the steps that counted of the epoch under way
+    epoch: int = 0  # finished epochs
+    step: int = 0  # finished steps in the current epoch
+    images: int = 0  # of all ranks, in the steps of the current epoch that were not skipped
     loss_sum: float = 0.0  # over this rank's share of them
     elapsed: float = 0.0  # seconds over all parts of the run
     best_loss: float = math.inf
     best_epoch: int = 0
-    epoch_seconds: float = 0.0  # what the last epoch took
-    bad_steps: int = 0  # steps that were skipped because loss or gradient was not finite
+    epoch_seconds: float = 0.0  # duration of the last epoch
+    bad_steps: int = 0  # steps skipped because the loss or gradient was not finite
 
     def ended(self, epochs: int, limit: float) -> bool:
-        """Whether the last epoch is done, or another would outrun the time limit."""
+        """Whether the last epoch is finished, or another would exceed the time limit."""
         return self.epoch >= epochs or self.elapsed + self.epoch_seconds > limit
 
     def to_json(self) -> dict[str, Any]:
-        """For a checkpoint; every rank must call it, because it holds the loss sums of all."""
+        """JSON for a checkpoint. Every rank must call this, because it gathers all ranks' loss sums."""
         return asdict(self) | {"loss_sum": distributed.gather(self.loss_sum)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any], ranks: Ranks) -> "TrainState":
-        """From a checkpoint; with another number of ranks than it was made by, the first takes all of the sum."""
+        """Restore from a checkpoint. If the number of ranks has changed, the first rank takes the whole sum."""
         sums = values["loss_sum"]
         mine = sums[ranks.rank] if len(sums) == ranks.size else sum(sums) if ranks.first else 0.0
         numbers = [*values.values(), *sums]
         numbers.remove(sums)
         if not all(type(number) in (int, float) and number >= 0 for number in numbers):
-            raise ValueError(f"state {values} holds something else than numbers from 0 on")
+            raise ValueError(f"state {values} holds something other than non-negative numbers")
         return replace(cls(**values), loss_sum=mine)
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What stays the same during a run."""
+    """Everything that stays the same during a run."""
 
     recipe: Recipe
     paths: RunPaths
@@ -83,7 +83,7 @@ class TrainingRun:
     loss: Callable[[Tensor, Tensor], Tensor]
 
     def metadata(self, state: TrainState) -> dict[str, Any]:
-        """What a checkpoint says beside the tensors; every rank must call it."""
+        """A checkpoint's content besides the tensors. Every rank must call this."""
         return {
             "recipe": self.recipe.model_dump(mode="json"),
             "run": self.paths.root.name,
@@ -97,16 +97,22 @@ class TrainingRun:
 def set_up(
     recipe: Recipe, workspace: Workspace, paths: RunPaths, ranks: Ranks, limit: float = math.inf
 ) -> tuple[TrainingRun, TrainState]:
-    """Build a run, or take it up from its newest checkpoint; `limit` is the seconds that all its parts may take.
+    """Build a run, or resume it from its newest checkpoint; `limit` is the seconds that all its parts may take.
 
     Raises:
-        UsageError: the run exists with another recipe or store; no store; a batch smaller than the number of ranks.
+        UsageError: the run exists with another recipe or store; there is no store; the batch is smaller than the number
+            of ranks.
     """
     if recipe.train.batch < ranks.size:
-        raise UsageError(f"train.batch = {recipe.train.batch} images over {ranks.size} ranks: give each at least one")
+        raise UsageError(
+            f"train.batch = {recipe.train.batch} images over {ranks.size} ranks: give each rank at least one"
+        )
     saved = load_newest(paths, set_aside=ranks.first)
     if len(set(distributed.gather_objects(saved and saved.sha256))) > 1:
-        raise StoppedEarly(f"{paths.root}: not every rank could read the same newest checkpoint; the log says why")
+        raise StoppedEarly(
+            f"{paths.root}: not every rank could read the same newest checkpoint (the log says why); run the same "
+            "command again to resume"
+        )
     with fitting(paths.root):
         state = TrainState.from_json(saved.metadata["state"], ranks) if saved else TrainState()
         if saved:
@@ -115,7 +121,7 @@ def set_up(
     if saved and saved.metadata.get("store") != store.key:
         raise UsageError(
             f"{paths.root} was trained on store {saved.metadata.get('store')}, the newest is {store.key}: "
-            "the data changed; begin a new run with --run"
+            "the data changed; start a new run with --run"
         )
     training, validation = split_samples(store.samples, recipe.data.split)
     torch.manual_seed(recipe.train.seed)
@@ -130,7 +136,7 @@ def set_up(
         with fitting(paths.root):
             restore_optimizer(optimizer, saved.optimizer)
             scaler.load_state_dict(saved.metadata["scaler"])
-        log.info("%s: going on after epoch %d, step %d", paths.root, state.epoch, state.step)
+        log.info("%s: resuming after epoch %d, step %d", paths.root, state.epoch, state.step)
     elif ranks.first:
         write_text(paths.recipe, dump_recipe(recipe))
         stems = {
@@ -170,14 +176,14 @@ def _parallel(network: nn.Module, train: Train, ranks: Ranks, left: float) -> nn
         return DistributedDataParallel(
             parallel,
             device_ids=devices,
-            broadcast_buffers=False,  # each rank keeps its own running statistics until validation takes the first's
+            broadcast_buffers=False,  # each rank keeps its own running statistics until validation takes rank 0's
             gradient_as_bucket_view=True,
             static_graph=True,
         )
 
 
 def _check_same_recipe(recipe: Recipe, saved: Recipe, paths: RunPaths) -> None:
-    """Refuse another recipe; other inference settings, and more epochs at a constant rate, are the same training."""
+    """Refuse a changed recipe. Inference settings may change, and so may the number of epochs at a constant rate."""
     same_rates = recipe.schedule.name == "constant" and not recipe.schedule.warmup
     changed = [
         f"{section}.{key}: {old!r} before, {new!r} now"
@@ -187,6 +193,6 @@ def _check_same_recipe(recipe: Recipe, saved: Recipe, paths: RunPaths) -> None:
     ]
     if changed:
         raise UsageError(
-            f"{paths.root} was begun with another recipe:\n  " + "\n  ".join(changed) + "\nGive the run another name "
-            "with --run, or the settings that it was begun with"
+            f"{paths.root} was started with another recipe:\n  " + "\n  ".join(changed) + "\nGive the run another name "
+            "with --run, or use the settings it was started with"
         )

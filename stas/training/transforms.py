@@ -1,4 +1,4 @@
-"""From a batch of stored bytes to what the network trains on: the whole batch at once, on its device."""
+"""From a batch of stored bytes to training input: the whole batch together, on its device."""
 
 from torch import Tensor
 
@@ -13,8 +13,8 @@ def prepare(batch: Batch, data: Data, augment: Augment, channels_last: bool) -> 
 
     Args:
         batch: a rank's share of a global batch.
-        data: says how images are scaled and normalised.
-        augment: says which of the batch's random changes are used.
+        data: how images are scaled and normalised.
+        augment: which of the batch's random changes are used.
         channels_last: the memory format of the images.
 
     Returns:

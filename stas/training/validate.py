@@ -1,4 +1,4 @@
-"""Loss and Dice on the images held out from training."""
+"""Loss and Dice on the held-out images."""
 
 from threading import Event
 
@@ -12,19 +12,19 @@ from stas.training.run import TrainingRun
 
 @torch.no_grad()
 def validate(run: TrainingRun, stop: Event) -> tuple[float, float] | None:
-    """Mean over the validation images of loss and of Dice, both at each image's original size.
+    """Mean loss and mean Dice over the held-out images, both at each image's original size.
 
-    Every rank takes its share and no image is counted twice. The reference averaged over batches, so that the images
-    of a short last batch weighed more; here every image weighs the same. Dice is 1 where both masks are empty.
+    Every rank takes its share and no image is counted twice. The reference averaged over batches, so the images of
+    a short last batch weighed more; here every image weighs the same. Dice is 1 if both masks are empty.
 
-    Returns None as soon as `stop` is set on any rank, which is checked before each image.
+    Returns None once `stop` is set on any rank; this is checked before each image.
     """
     distributed.broadcast_buffers(run.network)
     run.network.eval()
     settings = Settings.of(run.recipe, tta=False)
     losses = scores = 0.0
     share = run.validation[run.ranks.rank :: run.ranks.size]
-    # Shares differ by one image at most. Every rank makes the same number of rounds, so that all agree in each.
+    # Shares differ by at most one image. Every rank makes the same number of rounds, so that all agree in each.
     for turn in range(run.ranks.share(len(run.validation))):
         if distributed.any_rank(stop.is_set())[0]:
             return None

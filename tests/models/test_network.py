@@ -92,10 +92,10 @@ def test_what_cannot_be_built_is_said(values, message):
 
 def test_a_classifier_is_refused():
     model = Model(library="monai", architecture="DenseNet121", encoder=None, weights=None)
-    with pytest.raises(UsageError, match=r"DenseNet121 gives \(1, 1\) for images of \(1, 3, 64, 64\)"):
+    with pytest.raises(UsageError, match=r"DenseNet121 returns \(1, 1\) for images of \(1, 3, 64, 64\)"):
         build_network(model, (64, 64), pretrained=False).eval()(torch.zeros(1, 3, 64, 64))
 
 
 def test_a_size_the_decoder_cannot_take_is_refused():
-    with pytest.raises(UsageError, match=r"data\.size 250 x 256 .* divisible by"):
+    with pytest.raises(UsageError, match=r"data\.size: 256 x 250 pixels \(width x height\) do .* divisible by"):
         build_network(Model(weights=None), (250, 256), pretrained=False)

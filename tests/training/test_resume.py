@@ -107,7 +107,7 @@ def test_stopped_within_a_validation_equals_never_stopped(
     run = store_workspace.run("stopped-validating")
     monkeypatch.setattr(Store, "full_mask", Store.full_mask)  # to be put back
     stop_within_validation(5)
-    with pytest.raises(StoppedEarly, match="stopped in epoch 2; the same command goes on"):
+    with pytest.raises(StoppedEarly, match="stopped in epoch 2; run the same command again to resume"):
         train(recipe, store_workspace, run.root.name)
     assert position(run) == (1, 7) and len(read_metrics(run.metrics)) == 1, "all 7 steps, not validated"
     monkeypatch.undo()
@@ -142,7 +142,7 @@ def test_two_ranks_stopped_within_a_validation_equal_two_never_stopped(
     environment = os.environ | QUIET | {"PYTHONPATH": str(Path.cwd())}
     stage = [*map(str, again), parts.root.name]
     stopped = subprocess.run([*torchrun, *stage], env=environment, capture_output=True, text=True, timeout=PATIENCE)
-    assert "stopped in epoch 2; the same command goes on" in stopped.stderr, stopped.stderr
+    assert "stopped in epoch 2; run the same command again to resume" in stopped.stderr, stopped.stderr
     assert position(parts) == (1, 4) and len(read_metrics(parts.metrics)) == 1, "all 4 steps, not validated"
     assert stas("launch", "--processes", 2, *again, parts.root.name).returncode == 0
     assert_same_run(whole, parts)
@@ -236,7 +236,7 @@ def test_a_lost_rank_ends_one_that_hears_no_signal(
         _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == EXIT_FAILED
     assert not any(rank.is_running() for rank in ranks)
-    assert f"process {ranks[1].pid} has not ended since rank process {ranks[0].pid} was lost" in said, said
+    assert f"process {ranks[1].pid} is still running after rank process {ranks[0].pid} was lost" in said, said
     assert ("rank 0 of 2: KeyError: 'lost'" if fails else "rank      : 0") in said, said
 
 
@@ -307,7 +307,10 @@ def test_memory_that_does_not_suffice_names_what_to_lower(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(train_module, "train_step", full)
-    with pytest.raises(TrainingError, match=r"4 images of 64 x 64 on each of 1 ranks, peak .*lower train\.batch \(4"):
+    with pytest.raises(
+        TrainingError,
+        match=r"4 images of 64 x 64 pixels \(width x height\) on each of 1 ranks, peak .*lower train\.batch \(4",
+    ):
         train(tiny, store_workspace, "full")
 
 

@@ -65,7 +65,7 @@ def test_a_sum_over_other_ranks_stays_the_same():
     device = torch.device("cpu")
     assert [TrainState.from_json(values, Ranks(rank, 3, device)).loss_sum for rank in range(3)] == [1.0, 2.0, 4.0]
     assert [TrainState.from_json(values, Ranks(rank, 2, device)).loss_sum for rank in range(2)] == [7.0, 0.0]
-    with pytest.raises(ValueError, match="something else than numbers"):
+    with pytest.raises(ValueError, match="something other than non-negative numbers"):
         TrainState.from_json(values | {"step": -1}, ALONE)
 
 
