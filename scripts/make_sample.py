@@ -1,8 +1,8 @@
 """Make sample data: pictures that look like H&E stained lung, with outlined tumour clusters in the air spaces.
 
-No patient's tissue is in them, so that they can be shipped and shown. Light is absorbed by four layers of dye
-(haematoxylin, eosin, blood, pigment), as on a real slide; a tumour mass, the lining of some alveoli, macrophages and
-blood are there to be confused with the clusters, which alone are annotated.
+They contain no patient's tissue, so they can be shipped and shown. Light is absorbed by four layers of dye
+(haematoxylin, eosin, blood, pigment), as on a real slide. A tumour mass, the lining of some alveoli, macrophages and
+blood are there to be confused with the clusters; only the clusters are annotated.
 
     python scripts/make_sample.py DIR [--images 40] [--seed 0] [--size-scale 1.0]
 """
@@ -27,7 +27,7 @@ BLUE, PINK, BLOOD, PIGMENT = range(4)
 # absorbance of red, green and blue light by one unit of each layer
 DYES = np.array([[0.66, 0.74, 0.30], [0.13, 0.60, 0.27], [0.12, 1.45, 0.80], [0.50, 0.62, 0.75]])
 NO_STAS = 1 / 8  # share of images without a cluster
-LENGTHS = (12.0, 300.0)  # of the smallest and the largest clusters, in units
+LENGTHS = (12.0, 300.0)  # of the smallest and largest clusters, in units
 
 
 def noise(rng: np.random.Generator, height: int, width: int, cell: float) -> Array:
@@ -68,7 +68,7 @@ def stamp(layer: Array, x: float, y: float, axes: tuple[float, float], angle: fl
 
 
 def sites(rng: np.random.Generator, height: int, width: int, spacing: float) -> Array:
-    """Evenly crowded random points (N, 2) of x, y in pixels: a hexagonal grid, shaken."""
+    """Evenly crowded random points (N, 2) of x, y in pixels: a jittered hexagonal grid."""
     rows, columns = int(height / spacing / 0.87) + 2, int(width / spacing) + 2
     y, x = np.mgrid[:rows, :columns].astype(float)
     points = np.stack([x + (y % 2) / 2, y * 0.87], -1).reshape(-1, 2) + rng.uniform(-0.36, 0.36, (rows * columns, 2))
@@ -115,14 +115,14 @@ def mass(rng: np.random.Generator, height: int, width: int, unit: float) -> Arra
 
 
 def nests(rng: np.random.Generator, solid: Array, glands: Array, unit: float) -> Array:
-    """Where tumour cells stand in the mass, 0 to 1: neither in its stroma nor in the hollows of its glands."""
+    """Where tumour cells are in the mass, 0 to 1: neither in its stroma nor in the hollows of its glands."""
     height, width = solid.shape
     stroma = 4 * noise(rng, height, width, 35 * unit) + 3
     return np.clip(np.minimum(np.minimum(solid / 3 - 1, stroma), -9 * glands), 0, 1)
 
 
 def lining(rng: np.random.Generator, depth: Array, unit: float) -> Array:
-    """Where tumour cells grow along the walls of alveoli, 0 to 1; only on septa, as on a shred they would seem free."""
+    """Where tumour cells grow along the walls of alveoli, 0 to 1; only on septa: on a shred they would look free."""
     tissue = Image.fromarray(((depth > 0) * 255).astype(np.uint8)).filter(ImageFilter.BoxBlur(14 * unit))
     height, width = depth.shape
     patches = 5 * (noise(rng, height, width, 70 * unit) - rng.uniform(0.3, 1.7))
@@ -133,7 +133,7 @@ def lining(rng: np.random.Generator, depth: Array, unit: float) -> Array:
 def tuft(rng: np.random.Generator, length: float) -> Array:
     """Outline (N, 2) in units, around the origin, of a bent and lobed cluster `length` units long.
 
-    A lobed circle is stretched, then bent: no step can make the outline cross itself.
+    A lobed circle is stretched, then bent; neither step can make the outline cross itself.
     """
     slender = max(rng.uniform(0.45, 0.95) * (1 - length / 600), min(14 / length, 1))
     theta = np.linspace(0, 2 * np.pi, max(int(length / 1.5), 14), endpoint=False)
@@ -151,9 +151,9 @@ def tuft(rng: np.random.Generator, length: float) -> Array:
 
 
 def place(rng: np.random.Generator, polygon: Array, depth: Array, blocked: Array, unit: float) -> Array | None:
-    """Move `polygon` (N, 2), in units, to the emptiest of some random places, in pixels; shrink it where it fits none.
+    """Move `polygon` (N, 2), in units, to the emptiest of some random places, in pixels; shrink it if it fits none.
 
-    `depth` (height, width) is as in `alveoli`: the lower, the emptier. Nothing may stand where `blocked` is true.
+    `depth` (height, width) is as in `alveoli`: the lower, the emptier. Nothing is placed where `blocked` is true.
     """
     height, width = depth.shape
     for shrink in (1.0, 0.7, 0.5, 0.3):
@@ -218,7 +218,7 @@ def paint_tumour(rng: np.random.Generator, layers: Array, mask: Array, unit: flo
 
 
 def paint_loose(rng: np.random.Generator, layers: Array, air: Array, vessels: Array, unit: float) -> None:
-    """Strew macrophages in `air` and red blood cells in `air` and `vessels`, both bool (height, width)."""
+    """Scatter macrophages in `air` and red blood cells in `air` and `vessels`, both bool (height, width)."""
     height, width = air.shape
     points = rng.uniform(0, (width, height), (int(height * width / (11 * unit) ** 2), 2))
     crowd = rng.uniform(0.01, 0.05) * np.exp(2 * at(noise(rng, height, width, 90 * unit), points)) - 0.04
@@ -253,7 +253,7 @@ def develop(rng: np.random.Generator, layers: Array, unit: float) -> Array:
 
 
 def draw_tissue(rng: np.random.Generator, height: int, width: int) -> tuple[Array, list[Array]]:
-    """Draw one image; its area decides the magnification, so that each shows about as much tissue.
+    """Draw one image; its area decides the magnification, so that all show about the same amount of tissue.
 
     Args:
         rng: source of everything random.
@@ -299,7 +299,7 @@ def trace(rng: np.random.Generator, outline: Array, height: int, width: int) -> 
 
 
 def shape(polygon: Array) -> dict[str, Any]:
-    """Describe an outline (N, 2) as LabelMe does: as a polygon, or as a circle where it is nearly one."""
+    """Describe an outline (N, 2) as LabelMe does: as a polygon, or as a circle if it is nearly one."""
     centre = polygon.mean(0)
     radii = np.hypot(polygon[:, 0] - centre[0], polygon[:, 1] - centre[1])
     kind, points = "polygon", polygon
@@ -312,8 +312,8 @@ def make_sample(directory: Path, images: int, seed: int, scale: float = 1.0) -> 
     """Write `Train_Images/<stem>.jpg` and `Train_Annotations/<stem>.json` (LabelMe 5) into `directory`.
 
     Args:
-        directory: made where it does not exist.
-        images: how many; image i is the same however many there are.
+        directory: created if it does not exist.
+        images: how many; image i does not depend on this number.
         seed: 0 or more; the same seed makes the same files.
         scale: magnification; at 1 most images are 858 x 471 pixels.
 

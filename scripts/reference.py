@@ -25,12 +25,12 @@ WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false
 RECIPE_HEAD = f"""# Recipe keys
 
 {MADE}
-A recipe is a YAML file: one mapping, with a section for each part. Every key is optional; one that is left out has the
+A recipe is a YAML file: one mapping, with a section for each part. Every key is optional; if left out, it has the
 default below. Unknown keys and wrong values are refused, and the message lists what is valid. `stas recipes` lists the
-recipes that come with the package; `--recipe` also takes the path of a file.
+packaged recipes; `--recipe` also takes the path of a file.
 
-A file that says `extends: NAME` is that recipe with its own keys laid over it. `NAME` is a recipe of the package, or a
-path beside or below the file, and extends no other itself.
+A file with `extends: NAME` starts from that recipe and overrides it with its own keys. `NAME` is a packaged recipe, or
+a path beside or below the file, and must not extend another recipe itself.
 
 Later wins: defaults < recipe file < the member's `set` in an ensemble file < `--set section.key=value`. The value after
 `=` is read as YAML, so a list is `--set 'data.size=[352, 640]'`.
@@ -45,7 +45,7 @@ COMMAND_HEAD = f"""# Command line
 
 
 def recipe_page() -> str:
-    """The page of every key of a recipe: default, what it takes, meaning."""
+    """The page of every key of a recipe: default, accepted values, meaning."""
     return RECIPE_HEAD + "".join(_section(Recipe, None, ""))
 
 
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def _section(model: type[BaseModel], unset: BaseModel | None, prefix: str) -> Iterator[str]:
-    """A table of a section's own keys, then the sections in it; `unset` is its value in a recipe that leaves it out."""
+    """A table of a section's own keys, then its subsections; `unset` is its value in a recipe that leaves it out."""
     inner = {name: field.annotation for name, field in model.model_fields.items() if _is_section(field)}
     yield f"\n## {prefix.rstrip('.') or 'Top level'}\n\n{_first_paragraph(model)}"
     own = [name for name in model.model_fields if name not in inner]
@@ -92,7 +92,7 @@ def _field(field: FieldInfo, unset: Any) -> tuple[str, str, str]:
 
 
 def _value(value: Any) -> str:
-    """A default as one writes it in YAML."""
+    """A default as written in YAML."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, tuple | list):
@@ -104,7 +104,7 @@ def _value(value: Any) -> str:
 
 
 def _bound(part: Any) -> str:
-    """A limit of a number in words; empty where it is there only to keep numbers finite."""
+    """A number's limit in words; empty if it only keeps numbers finite."""
     if isinstance(part, Ge | Gt):
         limit = part.ge if isinstance(part, Ge) else part.gt
         return "" if limit == -MANY else f"{'at least' if isinstance(part, Ge) else 'above'} {limit}"
@@ -115,7 +115,7 @@ def _bound(part: Any) -> str:
 
 
 def _words(kind: Any) -> str:
-    """A type as people say it: `first` or `fraction`; 3 numbers; text or null."""
+    """A type in words: `first` or `fraction`; 3 numbers; text or null."""
     arguments = typing.get_args(kind)
     origin = typing.get_origin(kind)
     if origin is typing.Annotated:
@@ -147,18 +147,18 @@ def _command(parser: argparse.ArgumentParser) -> Iterator[str]:
                 if group.required:
                     one = " or ".join(f"`{part.option_strings[0]}`" for part in group._group_actions)
                     yield f"\nGive {one}.\n"
-            rows = [_option(part) for part in command._actions if _is_told(part)]
+            rows = [_option(part) for part in command._actions if _is_listed(part)]
             if rows:
                 yield "\n" + _table(("option", "meaning"), rows)
             yield from _command(command)
 
 
-def _is_told(action: argparse.Action) -> bool:
+def _is_listed(action: argparse.Action) -> bool:
     return not isinstance(action, argparse._HelpAction | argparse._SubParsersAction)
 
 
 def _option(action: argparse.Action) -> tuple[str, str]:
-    """One option: how it is written, and its help with whether it must be given."""
+    """One option: its syntax, and its help text with whether it is required."""
     value = action.metavar if isinstance(action.metavar, str) else ""
     if action.choices:
         value = "{" + ",".join(map(str, action.choices)) + "}"

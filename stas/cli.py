@@ -1,4 +1,4 @@
-"""The command line. A stage's module is imported when it is asked for, so that --help answers at once."""
+"""The command line. Each stage's module is imported on demand, to keep --help fast."""
 
 import argparse
 import logging
@@ -33,7 +33,7 @@ Command = Callable[[argparse.Namespace], int | None]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
     parser = build_parser()
-    if "_ARGCOMPLETE" in os.environ:  # the shell wants completions
+    if "_ARGCOMPLETE" in os.environ:  # the shell is asking for completions
         import argcomplete
 
         argcomplete.autocomplete(parser)
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("stas").setLevel(logging.INFO)
     keep_freed_memory()
     if status := status_file():
-        status.touch()  # the launcher will miss a code there if this process dies
+        status.touch()  # if this process dies, the launcher finds no exit code here
     code = _run(COMMANDS[options.command], options)
     if status:
         status.write_text(str(code))
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def check(arguments: Sequence[str]) -> None:
-    """Exit with code 2 and the reason, as `main` would, if these are no command."""
+    """Exit with code 2 and the reason, as `main` would, unless these arguments are a valid command."""
     build_parser().parse_args(arguments)
 
 
@@ -149,7 +149,7 @@ def _vote(options: argparse.Namespace) -> None:
 
     ties = options.ties
     if bool(options.members) + bool(options.runs) + bool(options.ensemble) != 1:
-        raise UsageError("vote: give one of: runs of a workspace, --ensemble NAME, or --members DIR DIR DIR")
+        raise UsageError("vote: give exactly one of: names of runs, --ensemble NAME, or --members DIR DIR DIR")
     if options.members:
         if not options.out:
             raise UsageError("vote: --members needs --out DIR")
@@ -244,26 +244,26 @@ def _workspace(options: argparse.Namespace) -> Workspace:
 
 def _member(options: argparse.Namespace) -> int:
     if options.member is None:
-        raise UsageError(f"--ensemble {options.ensemble} needs --member INDEX, from 0: which of its members")
+        raise UsageError(f"--ensemble {options.ensemble} also needs --member INDEX, counted from 0")
     return options.member
 
 
 def _scored_ensemble(options: argparse.Namespace) -> "Ensemble":
-    """The ensemble to vote on or to score; folds have no held-out images in common."""
+    """The ensemble to vote with or to score. Folds have no held-out images in common."""
     from stas.ensemble import load_ensemble
 
     ensemble = load_ensemble(options.ensemble)
     if options.held_out and ensemble.folds:
         raise UsageError(
-            f"--held-out: the members of {options.ensemble} hold out one of {ensemble.folds} folds each, and scoring "
-            "all of them out of fold is not possible yet: leave out --held-out, and all members vote on new images; or "
-            "score one fold's own set with `stas evaluate --predictions`"
+            f"--held-out: each member of {options.ensemble} holds out a different one of {ensemble.folds} folds, and "
+            "scoring all of them out of fold is not supported yet: leave out --held-out to let all members vote on new "
+            "images, or score one fold's own prediction set with `stas evaluate --predictions`"
         )
     return ensemble
 
 
 def _set_name(run: str, options: argparse.Namespace) -> str:
-    """The prediction set of a run: held-out images have one of their own, so that new images do not replace it."""
+    """The name of a run's prediction set. Held-out images get their own, which new images do not replace."""
     return f"{run}-held-out" if options.held_out else run
 
 

@@ -1,4 +1,4 @@
-"""What this machine can run and what will go wrong, said before the queue and the night are spent."""
+"""Report what this machine can run and what would go wrong, before a night in the queue is wasted."""
 
 import importlib
 import importlib.metadata
@@ -19,7 +19,7 @@ from stas.config import Recipe
 from stas.errors import UsageError
 from stas.system.resources import GIB, cores, nvml, usage
 
-# Distribution and oldest version, as in pyproject.toml (a test compares them); no version: needed by another one here.
+# Distribution and oldest version, as in pyproject.toml (a test compares them); None: a dependency of another.
 PACKAGES: dict[str, str | None] = {
     "torch": "2.6",
     "torchvision": None,
@@ -42,7 +42,7 @@ PACKAGES: dict[str, str | None] = {
     "tensorboard": "2.16",
     "tqdm": "4.66",
 }
-# Those with compiled parts or bound to torch's version: installed does not mean that they load.
+# Packages with compiled parts or tied to torch's version: they may be installed and still fail to load.
 _LOADED = {
     "torch": "torch",
     "torchvision": "torchvision",
@@ -71,16 +71,16 @@ class Finding:
 
 
 def doctor(workspace: Path | None, recipe: Recipe | None) -> bool:
-    """Print what was found, line by line, with a remedy for whatever is not well.
+    """Print the findings line by line, with a remedy for each problem.
 
-    How much GPU memory a recipe takes cannot be told without running it; nothing is said about it.
+    The GPU memory that a recipe needs is not checked, because only running it would show.
 
     Args:
-        workspace: the directory to look at; None looks at none.
-        recipe: the recipe that is to run; None asks for the basic things only.
+        workspace: the directory to check; None skips it.
+        recipe: the recipe to run; None checks only the basics.
 
     Returns:
-        Whether nothing failed: the recipe, or without one the package, can run here.
+        Whether nothing failed, so that the recipe (or without one, the package) can run here.
     """
     parts: list[tuple[str, Callable[[], Iterable[Finding]]]] = [
         ("Software", lambda: [python_version(sys.version_info[:2]), *packages()]),
@@ -97,7 +97,7 @@ def doctor(workspace: Path | None, recipe: Recipe | None) -> bool:
             print(_format(finding), flush=True)
         print()
     what = f"recipe {recipe.name}" if recipe else "stas"
-    verdict = f"{what} cannot run here" if counts["FAIL"] else f"nothing found that keeps {what} from running here"
+    verdict = f"{what} cannot run here" if counts["FAIL"] else f"found nothing that keeps {what} from running here"
     print(f"{counts['FAIL']} FAIL, {counts['warn']} warn: {verdict}")
     return counts["FAIL"] == 0
 
@@ -113,7 +113,7 @@ def python_version(version: tuple[int, ...]) -> Finding:
 
 
 def packages() -> Iterator[Finding]:
-    """Each package: installed, new enough, and loading."""
+    """Check that each package is installed, new enough, and loads."""
     for name, oldest in PACKAGES.items():
         try:
             version = importlib.metadata.version(name)
@@ -124,7 +124,7 @@ def packages() -> Iterator[Finding]:
         if oldest and _release(version) < _release(oldest):
             yield Finding("FAIL", name, f"{version}, but {oldest} or newer is needed", _INSTALL)
         elif name in _LOADED and (error := _load_error(_LOADED[name])):
-            yield Finding("FAIL", name, f"{version} does not load: {error}", f"{_INSTALL}; versions must fit torch's")
+            yield Finding("FAIL", name, f"{version} does not load: {error}", f"{_INSTALL}; versions must match torch's")
         else:
             yield Finding("ok", name, version)
 
@@ -153,7 +153,7 @@ def memory(free_gib: float, found: str) -> Finding:
 
 
 def shared_memory(total_gib: float | None) -> Finding:
-    """Judge the size of /dev/shm in GiB; None where there is none."""
+    """Judge the size of /dev/shm in GiB; None if there is none."""
     found = "none" if total_gib is None else f"{total_gib:.2f} GiB"
     if total_gib is None or total_gib < 1:
         return Finding(
@@ -194,7 +194,7 @@ def devices(recipe: Recipe | None) -> Iterator[Finding]:
 
 @dataclass(frozen=True)
 class Driver:
-    """NVIDIA's driver as NVML tells of it: its version, the newest CUDA it knows, the visible GPUs."""
+    """NVIDIA's driver as NVML reports it: its version, the newest CUDA it supports, the number of visible GPUs."""
 
     version: str
     cuda: tuple[int, int]
@@ -202,30 +202,30 @@ class Driver:
 
 
 def no_device(driver: Driver | None, built_for: str | None, said: list[str]) -> Finding:
-    """Why torch sees no GPU: there is none, or it is of no use to this torch.
+    """Explain why torch sees no GPU: there is none, or this torch cannot use it.
 
     Args:
-        driver: None where no driver answers.
+        driver: None if no driver answers.
         built_for: the CUDA version that torch was built for, such as "13.0"; None for a build without CUDA.
-        said: what torch warned of while it looked.
+        said: torch's warnings while it looked for GPUs.
     """
     if driver is None or driver.gpus == 0:
         return Finding(
             "warn",
             "GPU",
             "none: everything runs on the CPU",
-            "where there should be one: give it to the container (docker run --gpus all) or the job, "
-            "and see that nvidia-smi shows it and CUDA_VISIBLE_DEVICES does not hide it",
+            "if there should be one: give it to the container (docker run --gpus all) or the job, "
+            "and check that nvidia-smi shows it and CUDA_VISIBLE_DEVICES does not hide it",
         )
     found = f"{driver.gpus} in the machine, but torch cannot use them"
     if built_for is None:
-        return Finding("FAIL", "GPU", f"{found}: it is a build without CUDA", "install a CUDA build of torch")
+        return Finding("FAIL", "GPU", f"{found}: this is a build without CUDA", "install a CUDA build of torch")
     if driver.cuda[0] < int(built_for.split(".")[0]):
         newest = f"{driver.cuda[0]}.{driver.cuda[1]}"
         return Finding(
             "FAIL",
             "GPU",
-            f"{found}: it was built for CUDA {built_for}, and the driver knows CUDA up to {newest}",
+            f"{found}: it was built for CUDA {built_for}, and the driver supports CUDA up to {newest}",
             f"update the driver, or use an image (BASE_IMAGE) or torch wheels on CUDA {driver.cuda[0]}",
         )
     reason = said[0].splitlines()[0] if said else "no reason given"
@@ -246,12 +246,12 @@ def architecture(what: str, found: str, capability: tuple[int, int], arch_list: 
 def architecture_supported(capability: tuple[int, int], arch_list: list[str]) -> bool:
     """Whether code built for `arch_list` runs on a GPU.
 
-    A binary (sm_86) runs on its own major version with the same or a later minor one; PTX (compute_90) is compiled on
-    anything as new or newer. The suffix a (sm_90a) ties either to exactly that GPU, f to its major version.
+    A binary (sm_86) runs on its own major version with the same or a later minor one; PTX (compute_90) is compiled for
+    any GPU as new or newer. The suffix a (sm_90a) ties either to exactly that GPU, f to its major version.
 
     Args:
         capability: the GPU's compute capability (major, minor).
-        arch_list: as torch.cuda.get_arch_list() tells it.
+        arch_list: as torch.cuda.get_arch_list() returns it.
     """
     for arch in arch_list:
         match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch)
@@ -279,7 +279,7 @@ def precision(wanted: str, capabilities: list[tuple[int, int]]) -> Finding:
 
 
 def communication(gpus: int) -> Iterator[Finding]:
-    """NCCL for tensors on GPUs and gloo for small metadata on the CPU, through which several processes train as one."""
+    """Check NCCL (tensors on GPUs) and gloo (small metadata on the CPU), which training in several processes needs."""
     import torch.distributed as dist
     from torch.cuda import nccl
 
@@ -304,11 +304,11 @@ def communication(gpus: int) -> Iterator[Finding]:
 
 
 def workspace_findings(workspace: Path | None, recipe: Recipe | None) -> Iterator[Finding]:
-    """Whether the workspace can be written, its free space, and whether LMDB may be read on it."""
+    """Check that the workspace can be written, its free space, and whether LMDB may be read on it."""
     from stas.system.filesystems import NETWORK_FILE_SYSTEMS, file_system_type
 
     if workspace is None:
-        yield Finding("ok", "directory", "not looked at: name one with --workspace")
+        yield Finding("ok", "directory", "not checked: give one with --workspace")
         return
     directory = next((path for path in (workspace.absolute(), *workspace.absolute().parents) if path.exists()), Path())
     yield writable(workspace, directory)
@@ -326,10 +326,10 @@ def workspace_findings(workspace: Path | None, recipe: Recipe | None) -> Iterato
 
 
 def writable(workspace: Path, existing: Path) -> Finding:
-    """Try to write in `existing`, the workspace or the nearest directory above it that is there."""
-    found = str(workspace) if existing == workspace.absolute() else f"{workspace}, to be made in {existing}"
+    """Try to write in `existing`, the workspace or the nearest directory above it that exists."""
+    found = str(workspace) if existing == workspace.absolute() else f"{workspace}, to be created in {existing}"
     try:
-        with tempfile.TemporaryFile(dir=existing) as file:  # permission bits say little on NFS: only writing tells
+        with tempfile.TemporaryFile(dir=existing) as file:  # permission bits prove little on NFS
             file.write(b"stas")
     except OSError as error:
         reason = error.strerror or str(error)
@@ -342,15 +342,15 @@ def free_space(free_gib: float, size: tuple[int, int]) -> Finding:
     found = f"{free_gib:.1f} GiB free"
     if free_gib < 5:
         each = size[0] * size[1] * 4 / 2**20  # RGB and mask, one byte each
-        need = f"a store takes about {each:.1f} MiB an image at {size[0]} x {size[1]}, a run up to a few GiB"
+        need = f"a store takes about {each:.1f} MiB per image at {size[1]} x {size[0]}, a run up to a few GiB"
         return Finding("warn", "free disk", found, f"make room: {need}")
     return Finding("ok", "free disk", found)
 
 
 def weights(recipe: Recipe | None) -> Iterator[Finding]:
-    """Whether the recipe's pretrained weights can be had."""
+    """Check that the recipe's pretrained weights are available."""
     if recipe is None:
-        yield Finding("ok", "weights", "not looked for: name a recipe with --recipe")
+        yield Finding("ok", "weights", "not checked: give a recipe with --recipe")
         return
     from stas.models.weights import find_weights
 
@@ -358,17 +358,17 @@ def weights(recipe: Recipe | None) -> Iterator[Finding]:
         yield Finding("ok", "weights", find_weights(recipe.model))
     except UsageError as error:
         problem, _, remedy = str(error).partition("\n")
-        yield Finding("FAIL", "weights", problem, remedy or f"change the section model of recipe {recipe.name}")
+        yield Finding("FAIL", "weights", problem, remedy or f"change the model section of recipe {recipe.name}")
 
 
 def _guarded(title: str, look: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
-    """The findings, and a FAIL where looking itself broke: a report with a hole is worth more than a traceback."""
+    """Yield the findings, and a FAIL if a check itself breaks: an incomplete report is worth more than a traceback."""
     try:
         yield from look()
     except ImportError as error:
-        yield Finding("FAIL", title.lower(), f"cannot be looked at: {error}", _INSTALL)
+        yield Finding("FAIL", title.lower(), f"cannot be checked: {error}", _INSTALL)
     except Exception as error:
-        yield Finding("FAIL", title.lower(), f"cannot be looked at: {type(error).__name__}: {error}", "see the message")
+        yield Finding("FAIL", title.lower(), f"cannot be checked: {type(error).__name__}: {error}", "see the message")
 
 
 def _format(finding: Finding) -> str:
@@ -390,13 +390,13 @@ def _load_error(module: str) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             importlib.import_module(module)
-    except Exception as error:  # a broken binary raises OSError or RuntimeError as well as ImportError
+    except Exception as error:  # a broken binary may also raise OSError or RuntimeError
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return ""
 
 
 def _driver() -> Driver | None:
-    """NVIDIA's driver, or None where none answers."""
+    """NVIDIA's driver, or None if it does not answer."""
     with suppress(Exception), nvml() as library:
         cuda = library.nvmlSystemGetCudaDriverVersion_v2()  # 12040 for 12.4
         gpus = sum(key.endswith("_total_gib") and key.startswith("gpu") for key in usage())

@@ -1,4 +1,4 @@
-"""Ensembles: the one list of the members that are trained together and vote together."""
+"""Ensembles: lists of members that are trained together and vote together."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from stas.system.untrusted import shown
 ENSEMBLES = Path(__file__).parent / "ensembles"
 MAX_MEMBERS = 100
 _HOW_TO_WRITE = (
-    "Write a list `members` of at least two members, or of one and `folds: 5`. A member is a recipe's name, or "
-    "{recipe: NAME, run: NAME, set: {optimizer.lr: 2.0e-4}}. For an even number of members add `ties: background` or "
+    "Write a list `members` of at least two entries, or of one and `folds: 5`. An entry is a recipe's name, or "
+    "{recipe: NAME, run: NAME, set: {optimizer.lr: 2.0e-4}}. For an even number of members, add `ties: background` or "
     "`ties: foreground`"
 )
 
@@ -26,7 +26,7 @@ Ties = Literal["foreground", "background"] | None
 class _Member(Section):
     recipe: str
     run: str | None = None
-    set: dict[str, Any] = Field(default={}, description="values by dotted key, over those of the recipe")
+    set: dict[str, Any] = Field(default={}, description="values by dotted key, which override the recipe's")
 
     @model_validator(mode="before")
     @classmethod
@@ -45,12 +45,12 @@ class _Member(Section):
 class _File(Section):
     members: list[_Member] = Field(min_length=1, max_length=MAX_MEMBERS)
     ties: Ties = None
-    folds: int | None = Field(default=None, ge=2, le=MAX_MEMBERS, description="members of each recipe, one a fold")
+    folds: int | None = Field(default=None, ge=2, le=MAX_MEMBERS, description="members of each recipe, one per fold")
 
 
 @dataclass(frozen=True)
 class Member:
-    """A recipe as one member trains it, and the name of the member's training run."""
+    """A member's recipe, with its settings applied, and the name of its training run."""
 
     recipe: Recipe
     run: str
@@ -58,12 +58,12 @@ class Member:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """What an ensemble file says.
+    """A loaded ensemble file.
 
     Attributes:
         members: in the order of the file; with folds, all folds of the first recipe, then those of the next.
-        ties: what becomes of a tie of an even number of members.
-        folds: where each member holds out one fold of this many; None where all hold out the same images.
+        ties: what a tied pixel becomes, for an even number of members.
+        folds: the number of folds, if each member holds out one; None if all hold out the same images.
     """
 
     members: tuple[Member, ...]
@@ -77,7 +77,7 @@ class Ensemble:
 
 
 def ensemble_names() -> list[str]:
-    """The ensembles that come with the package."""
+    """The names of the packaged ensembles."""
     return sorted(path.stem for path in ENSEMBLES.glob("*.yaml"))
 
 
@@ -86,11 +86,11 @@ def load_ensemble(name: str, overrides: Sequence[str] = ()) -> Ensemble:
 
     Args:
         name: the name of a packaged ensemble, or the path of a YAML file.
-        overrides: as `load_recipe` takes them, for every member; they win over a member's `set`.
+        overrides: as for `load_recipe`, applied to every member; they win over a member's `set`.
 
     Raises:
-        UsageError: no such ensemble or recipe, a wrong key, two runs of one name, or members that cannot be voted on or
-            scored together.
+        UsageError: no such ensemble or recipe, a wrong key, two runs with the same name, or members that cannot vote or
+            be scored together.
     """
     path = ENSEMBLES / f"{name}.yaml" if name in ensemble_names() else Path(name)
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
@@ -104,10 +104,10 @@ def load_ensemble(name: str, overrides: Sequence[str] = ()) -> Ensemble:
 
 
 def load_member(name: str, index: int, overrides: Sequence[str] = ()) -> Member:
-    """Member `index` of an ensemble, from 0, as an array job counts its tasks.
+    """Load member `index` of an ensemble, from 0, as an array job numbers its tasks.
 
     Raises:
-        UsageError: as `load_ensemble`; or no such member.
+        UsageError: as for `load_ensemble`, or no such member.
     """
     members = load_ensemble(name, overrides).members
     if not 0 <= index < len(members):
@@ -130,7 +130,7 @@ def _read(path: Path) -> _File:
 
 
 def _members(entry: _Member, folds: int | None, path: Path, overrides: Sequence[str]) -> list[Member]:
-    """The members that one entry of the list stands for: itself, or one for each fold."""
+    """Expand one entry of the list into its members: a single one, or one per fold."""
     if folds is None:
         return [_member(entry, {}, path, overrides)]
     made = []
@@ -154,14 +154,14 @@ def _check_runs(members: Sequence[Member], path: Path) -> None:
     runs = [member.run for member in members]
     twice = sorted({run for run in runs if runs.count(run) > 1})
     if twice:
-        raise UsageError(f"{path}: two members are called {', '.join(twice)}: give each a `run` of its own")
+        raise UsageError(f"{path}: two members are called {', '.join(twice)}: give each its own `run`")
 
 
 def _check_labels(members: Sequence[Member], path: Path) -> None:
     if len({member.recipe.data.label for member in members}) > 1:
         found = ", ".join(f"{member.run} {shown(member.recipe.data.label)}" for member in members)
         raise UsageError(
-            f"{path}: members of different labels cannot vote together: {found}: give all the same data.label"
+            f"{path}: members with different labels cannot vote together: {found}: give them all the same data.label"
         )
 
 
@@ -176,13 +176,13 @@ def _check_splits(members: Sequence[Member], folds: int | None, path: Path) -> N
     if differing and folds is None:
         raise UsageError(
             f"{path}: members that hold out different images cannot be scored together: "
-            f"{'; '.join([_shown_split(members[0]), *differing])}: give all the same data.split, or write `folds: 5` "
-            "for members that hold out one fold each"
+            f"{'; '.join([_shown_split(members[0]), *differing])}: give them all the same data.split, or write "
+            "`folds: 5` for members that hold out one fold each"
         )
     if differing:
         raise UsageError(
-            f"{path}: with `folds: {folds}` each member holds out one fold of the same split, but not "
-            f"{'; '.join(differing)}: of data.split, change only the seed, and give all members the same"
+            f"{path}: with `folds: {folds}` each member must hold out one fold of the same split, but "
+            f"{'; '.join(differing)}: change only the seed of data.split, and to the same value for all members"
         )
 
 

@@ -30,8 +30,8 @@ SUMMARY = "summary.json"
 COUNTED = ("true_positives", "false_positives", "false_negatives")
 SCORED = {"dice": dice, "iou": iou, "precision": precision, "recall": recall}
 LEGEND = (
-    "mean per-image: each image weighs the same; pooled: each pixel of all images together weighs the same.\n"
-    "An image in which truth and prediction are both empty counts as 1. Intervals: 95 % bootstrap over images."
+    "mean per-image: every image has the same weight; pooled: every pixel of all images has the same weight.\n"
+    "An image whose truth and prediction are both empty counts as 1. Intervals: 95 % bootstrap over images."
 )
 
 
@@ -40,7 +40,7 @@ class Truth:
     """The true masks of a directory.
 
     Attributes:
-        directory: where they lie.
+        directory: where they are.
         files: LabelMe JSON or mask PNG by stem.
         label: the LabelMe label that is foreground.
     """
@@ -59,23 +59,24 @@ def evaluate(
     threshold: float | None = None,
     sheets: int = 9,
 ) -> dict[str, Any]:
-    """Score sets of predictions, print a table, and write scores.csv, summary.json, sheets.png and sheets/.
+    """Score prediction sets, print a table, and write scores.csv, summary.json, sheets.png and sheets/.
 
     Args:
-        predictions: directories of mask PNGs of the same images; the last one (the vote) chooses the pictures.
-        truth: LabelMe JSON files, or, where there is none, mask PNGs (above 0 is foreground), named like the masks.
+        predictions: directories of mask PNGs of the same images; the last one (the vote) decides which cases
+            are drawn.
+        truth: directory of LabelMe JSON files or, without any, mask PNGs (above 0 is foreground), named like the masks.
         out: the new directory; an identical earlier evaluation is kept.
         images: the original images for the pictures; by default those the LabelMe files point to.
-        label: the LabelMe label that is foreground; by default the one that the predictions' manifests name.
+        label: the LabelMe label that is foreground; by default the one in the predictions' manifests.
         threshold: a prediction is foreground above this value; above 0 by default (see `read_member_mask`).
         sheets: how many cases to draw, a third each of the worst, the middle and the best.
 
     Returns:
-        What summary.json holds; scores by member under "members".
+        The content of summary.json; scores by member under "members".
 
     Raises:
-        UsageError: no predictions, or `out` is something else.
-        InputDataError: predictions without truth, of different cases or sizes; names them.
+        UsageError: no predictions, or `out` is not an evaluation.
+        InputDataError: predictions without truth, or with different cases or sizes; names them.
     """
     if not predictions:
         raise UsageError("no predictions given: name at least one directory of mask PNGs")
@@ -93,11 +94,16 @@ def evaluate(
             write_json(partial / SUMMARY, summary)
             write_text(partial / "scores.csv", _csv(listed, counts))
             complete = _draw(partial, listed, truths, counts, images, threshold, sheets)
-            # A sheet that lacks its image is not finished work: the next run looks for the image again.
+            # Not finished while a sheet lacks its image: the next run looks for the image again.
             write_manifest(partial, output, finished=complete)
     try:
         text = table(summary)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # an earlier one, which is only read
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:  # read from an earlier evaluation, unchecked so far
         raise InputDataError(
             f"{out / SUMMARY}: not a summary of scores ({error!r}): delete {out} and run the command again"
         ) from error
@@ -132,14 +138,14 @@ def _with_interval(scores: dict[str, Any], what: str) -> str:
 
 
 def _label(given: str | None, listed: Members) -> str:
-    """The label of the truth: the one given, or that of the predictions, or for those of other makers the default."""
+    """The truth's label: the one given, else the predictions', else (for predictions from elsewhere) the default."""
     if given is not None and listed.label is not None and given != listed.label:
         raise UsageError(f"--label {given}: the predictions outline {listed.label!r}: leave --label out")
     return given or listed.label or Data().label
 
 
 def _list_truth(directory: Path, label: str, stems: Sequence[str]) -> Truth:
-    """The truth of every prediction. JSON wins, because the PNG beside a JSON is the image it belongs to."""
+    """The truth of every prediction. JSON wins, because a PNG beside a JSON is its image."""
     if not directory.is_dir():
         raise InputDataError(f"{directory}: not a directory; give the directory of LabelMe JSON files or mask PNGs")
     files = {path.stem: path for path in sorted(directory.glob("*.json")) if path.name != "manifest.json"}
@@ -148,7 +154,7 @@ def _list_truth(directory: Path, label: str, stems: Sequence[str]) -> Truth:
     if missing:
         raise InputDataError(
             f"{directory}: no truth for {len(missing)} of {len(stems)} predictions ({named(missing)}): add "
-            "<stem>.json or <stem>.png for each, or take these predictions out"
+            "<stem>.json or <stem>.png for each, or leave these predictions out"
         )
     if len(files) > len(stems):
         log.info("%d of %d truths have predictions; only these are scored", len(stems), len(files))
@@ -156,7 +162,7 @@ def _list_truth(directory: Path, label: str, stems: Sequence[str]) -> Truth:
 
 
 def _key(listed: Members, truths: Truth, images: Path | None, threshold: float | None, sheets: int) -> dict[str, Any]:
-    """What an evaluation is made from."""
+    """The inputs that determine an evaluation."""
     sources = [list(member.images.values()) for member in listed.members] + [list(truths.files.values())]
     *members, truth = in_threads(digest, sources, "hashing")
     return {
@@ -178,8 +184,8 @@ def _read_truth(truths: Truth, stem: str, size: tuple[int, int]) -> NDArray[np.b
         found = mask.shape
     if mask is None or found != size:
         raise InputDataError(
-            f"{path}: the truth of {stem} is {found[0]} x {found[1]} (height x width), its predictions are "
-            f"{size[0]} x {size[1]}: both must have the image's own size"
+            f"{path}: the truth of {stem} is {found[1]} x {found[0]} pixels (width x height), but its predictions are "
+            f"{size[1]} x {size[0]}: both must have the image's own size"
         )
     return mask
 
@@ -254,9 +260,9 @@ def _draw(
     threshold: float | None,
     total: int,
 ) -> bool:
-    """Draw the sheets of the cases picked by the last member's Dice; whether every one has its image.
+    """Draw sheets of the cases picked by the last member's Dice. Return whether each has its image.
 
-    Images with nothing in truth and prediction show nothing, so they are drawn only where there is nothing else.
+    Cases with empty truth and empty prediction show nothing: they are drawn only if there are no others.
     """
     last = counts[-1]
     shown = np.flatnonzero(last.sum(axis=1)) if last.any() else np.arange(len(last))
@@ -289,20 +295,27 @@ def _save(picture: Image.Image, path: Path) -> None:
 
 
 def _original(truths: Truth, stem: str, size: tuple[int, int], originals: dict[str, Path]) -> NDArray[np.uint8] | None:
-    """The original image of a case, (height, width, 3); None, with a logged line, where there is none of its size."""
+    """The original image of a case, (height, width, 3); None, after a warning, if none has its size."""
     source: Path | bytes | None = originals.get(stem)
     path = truths.files[stem]
     try:
         if source is None and path.suffix == ".json":
             source = find_image(path, read_labelme(path), [])
         if source is None:
-            log.warning("%s: no image for its sheet, grey instead: --images names the directory of the images", stem)
+            log.warning(
+                "%s: no image for its sheet, drawing grey: give the directory of the images with --images", stem
+            )
             return None
         image = read_image(source)
     except InputDataError as error:
-        log.warning("%s: no image for its sheet, grey instead: %s", stem, error)
+        log.warning("%s: no image for its sheet, drawing grey: %s", stem, error)
         return None
     if image.shape[:2] != size:
-        log.warning("%s: its image is %d x %d, not of the masks' size, grey instead", stem, *image.shape[:2])
+        log.warning(
+            "%s: its image is %d x %d pixels (width x height), not the size of its masks; drawing grey",
+            stem,
+            image.shape[1],
+            image.shape[0],
+        )
         return None
     return image

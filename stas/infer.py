@@ -1,4 +1,4 @@
-"""Outline a directory of images with one trained member: one mask per image, at the image's own size."""
+"""Predict masks for a directory of images with one trained member, each at its image's own size."""
 
 import logging
 from collections import deque
@@ -36,7 +36,7 @@ from stas.system.threads import bar, map_ahead
 log = logging.getLogger(__name__)
 
 READERS, WRITERS = 4, 2  # threads on each rank
-WAITING = 4  # masks of full size that may wait to be written
+WAITING = 4  # full-size masks that may wait to be written
 
 
 def infer(
@@ -50,18 +50,18 @@ def infer(
     probabilities: bool = False,
     held_out: bool = False,
 ) -> Path:
-    """Predict a mask for every image of a directory, the images shared among the ranks.
+    """Predict a mask for every image in a directory, with the images split among the ranks.
 
-    Needs the checkpoint only: the recipe is in it. A run that was cut off resumes with the images that are missing.
+    Needs only the checkpoint, which contains the recipe. After an interruption it resumes with the missing images.
 
     Args:
         run: the training run.
         images: directory of images, of any size and aspect.
         workspace: where the run is and the prediction set goes.
-        name: the prediction set to make; the run's name where None.
+        name: the prediction set to make; None: the run's name.
         checkpoint: best or last.
-        tta: average over the square's 8 symmetries; as the recipe says where None.
-        threshold: a pixel is foreground when its probability is above this; as the recipe says where None.
+        tta: average over the square's 8 symmetries; None: as the recipe says.
+        threshold: a pixel is foreground when its probability is above this; None: as the recipe says.
         probabilities: also write probabilities as 16-bit PNG.
         held_out: only the images that the run held out for validation.
 
@@ -88,13 +88,13 @@ def infer(
     with distributed.join_ranks() as ranks:
         key = distributed.broadcast(_key(run, loaded, options, files) if ranks.first else {})
         if key["checkpoint"] != loaded.sha256:
-            raise StoppedEarly(f"{path} was replaced while the ranks read it; the same command goes on")
+            raise StoppedEarly(f"{path} was replaced while the ranks read it; run the same command again to resume")
         output = Output(out, "prediction set", key)
         _check_same_images(output)
         with distributed.entered_by_first(ranks, building(output, PATIENCE, keep=True)) as mine:
             partial = distributed.broadcast(mine)
             if partial is None:
-                log.info("%s: the masks of %d images are there; nothing to do", out, len(files))
+                log.info("%s: the masks of all %d images are there; nothing to do", out, len(files))
                 return out
             _predict_share(loaded, recipe, files, partial, options, ranks)
             distributed.barrier()
@@ -107,7 +107,7 @@ def infer(
 
 
 def _key(run: str, loaded: Checkpoint, options: dict[str, Any], files: dict[str, Path]) -> dict[str, Any]:
-    """What a prediction set is made from."""
+    """The inputs that determine a prediction set."""
     hashes = {stem: sha256(file, MAX_IMAGE_BYTES) for stem, file in files.items()}
     return {"run": run, "checkpoint": loaded.sha256, **options, "images": hashes}
 
@@ -115,7 +115,7 @@ def _key(run: str, loaded: Checkpoint, options: dict[str, Any], files: dict[str,
 def _predict_share(
     loaded: Checkpoint, recipe: Recipe, files: dict[str, Path], partial: Path, options: dict[str, Any], ranks: Ranks
 ) -> None:
-    """Write the masks of every `ranks.size`-th image that `partial` does not have yet."""
+    """Write the masks of every `ranks.size`-th image that is still missing in `partial`."""
     with_probability = options["probabilities"]
     share = list(files)[ranks.rank :: ranks.size]
     todo = [stem for stem in share if not _is_done(partial, stem, with_probability)]
@@ -151,15 +151,15 @@ def _read(file: Path, data: Data) -> Picture:
 
 @torch.inference_mode()
 def _write(partial: Path, stem: str, logits: Tensor, threshold: float, with_probability: bool) -> None:
-    """Write one image's mask from its logits, (height, width). Runs in a thread beside the next image's pass."""
+    """Write one image's mask from its logits, (height, width). Runs in a thread during the next forward pass."""
     probabilities = torch.sigmoid(logits)
-    if with_probability:  # first, because the mask is the sign that an image is done
+    if with_probability:  # first, because the mask marks an image as done
         write_probability(probability_file(partial, stem), probabilities.cpu().numpy(), synced=False)
     write_mask(mask_file(partial, stem), (probabilities > threshold).cpu().numpy(), synced=False)
 
 
 def _is_done(partial: Path, stem: str, with_probability: bool) -> bool:
-    """Whether an image's files are there and whole: after a power cut they may be there and empty."""
+    """Whether an image's files are complete: a power cut may leave them empty."""
     try:
         read_grey(mask_file(partial, stem))
         if with_probability:
@@ -173,22 +173,22 @@ def _held_out(files: dict[str, Path], stems: Sequence[str], images: Path) -> dic
     missing = [stem for stem in stems if stem not in files]
     if missing:
         raise InputDataError(
-            f"{images}: {len(missing)} of the run's {len(stems)} held-out images are not there: {named(missing)}"
+            f"{images}: {len(missing)} of the run's {len(stems)} held-out images are missing: {named(missing)}"
         )
     return {stem: files[stem] for stem in sorted(stems)}
 
 
 def _check_same_images(output: Output) -> None:
-    """A newer checkpoint's masks replace older ones; those of another run or of other images are not thrown away.
+    """Let a newer checkpoint's masks replace older ones, but never those of another run or of other images.
 
     Raises:
-        UsageError: the directory holds such masks.
+        UsageError: the directory holds masks of another run or of images that are not among these.
     """
     try:
         before = read_manifest(output.directory, "prediction set")["key"]
         run, images = before["run"], before["images"].keys()
     except (InputDataError, KeyError, TypeError, AttributeError):
-        return  # none there; or `building` says what else is
+        return  # no prediction set: `building` refuses anything else
     if run != output.key["run"]:
         raise UsageError(
             f"{output.directory} holds masks of run {run}: "

@@ -2,7 +2,7 @@
 
 workspace/
     stores/<key>/           data.mdb, manifest.json: an immutable store of samples
-    stores/<dataset>.json   which store was last made for this label and this size or scale
+    stores/<dataset>.json   the newest store for this label and size or scale
     runs/<run>/             recipe.yaml, split.json, metrics.jsonl, bad_steps.jsonl, curves.png, tensorboard/,
                             checkpoints/
     predictions/<name>/     <stem>.png, probabilities/<stem>.png, manifest.json
@@ -20,7 +20,7 @@ STATUS_DIRECTORY = "STAS_STATUS_DIR"
 
 @dataclass(frozen=True)
 class Workspace:
-    """The one directory on a shared volume through which the stages meet."""
+    """The directory on a shared volume through which the stages exchange files."""
 
     root: Path
 
@@ -62,7 +62,7 @@ class RunPaths:
 
     @property
     def bad_steps(self) -> Path:
-        """One JSON line for each step whose loss or gradient was not finite, with its samples."""
+        """One JSON line, with its samples, per step whose loss or gradient was not finite."""
         return self.root / "bad_steps.jsonl"
 
     @property
@@ -79,12 +79,12 @@ class RunPaths:
 
 
 def manifest_file(directory: Path) -> Path:
-    """The manifest of a store or of a set of predictions."""
+    """The manifest of a store or a prediction set."""
     return directory / "manifest.json"
 
 
 def lock_file(protected: Path) -> Path:
-    """The lock of a run, a set of predictions, or whatever else one process at a time may change."""
+    """The lock of a run, a prediction set, or anything else that only one process at a time may change."""
     return protected.with_name(f".{protected.name}.lock")
 
 
@@ -104,12 +104,12 @@ def probability_file(directory: Path, stem: str) -> Path:
 
 
 def default_workspace() -> str | None:
-    """STAS_WORKSPACE: the workspace of a command that names none."""
+    """STAS_WORKSPACE: the workspace if the command does not name one."""
     return os.environ.get("STAS_WORKSPACE")
 
 
 def weights_directory() -> Path | None:
-    """STAS_WEIGHTS_DIR: pretrained weights for machines without network."""
+    """STAS_WEIGHTS_DIR: pretrained weights for machines without a network."""
     value = os.environ.get("STAS_WEIGHTS_DIR")
     return Path(value) if value else None
 
@@ -121,13 +121,13 @@ def cache_directory() -> Path | None:
 
 
 def status_file() -> Path | None:
-    """Where `stas launch` looks, in STAS_STATUS_DIR, for this process and, when it has ended, its exit code."""
+    """This process's file in STAS_STATUS_DIR; `stas launch` reads the exit code from it."""
     value = os.environ.get(STATUS_DIRECTORY)
     return Path(value) / str(os.getpid()) if value else None
 
 
 def _checked(what: str, name: str) -> str:
-    """A name that is one plain path component, so that no name leads out of the workspace."""
+    """Return `name` if it is a plain path component, so that it cannot leave the workspace."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}", name):
         raise UsageError(
             f"{what} {name!r} cannot be a directory name: use 1 to 100 letters, digits and _ . + -, "

@@ -1,4 +1,4 @@
-"""preprocess: images and annotations become one store, which training reads."""
+"""preprocess: turn images and annotations into the store that training reads."""
 
 import logging
 import math
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What a worker needs to make one sample."""
+    """A worker's input for one sample."""
 
     pair: Pair
     spec: StoreSpec
@@ -49,38 +49,38 @@ def preprocess(
     workers: int | None = None,
     splits: Sequence[Split] = (),
 ) -> Path:
-    """Make the store for a recipe, unless it is there.
+    """Make the store for a recipe, unless it exists.
 
     Args:
-        images: directories of images; a stem may stand in only one of them.
+        images: directories of images; a stem may occur in only one of them.
         annotations: directories of LabelMe JSON files and of mask PNGs, each with the stem of its image.
         workspace: where the store goes.
         data: the recipe's section.
-        masks: a directory that gets each sample's mask as PNG at the image's own size.
+        masks: a directory for each sample's mask as PNG, at the image's own size.
         skip_bad: leave bad pairs out and list them in the manifest, instead of failing.
-        workers: processes; by default one for each core this process may use.
-        splits: those of all recipes that share the store, which must suit its samples; by default that of `data`.
+        workers: processes; by default one per core this process may use.
+        splits: the splits of all recipes that share the store, which must fit its samples; by default that of `data`.
 
     Returns:
         The store's directory.
 
     Raises:
-        InputDataError: bad pairs, all of them listed with file, reason and remedy; nothing is stored then.
-        UsageError: no shape has the label, or a split does not suit the samples (the store is kept).
+        InputDataError: bad pairs, each listed with file, reason and remedy; nothing is stored.
+        UsageError: no shape has the label, or a split does not fit the samples (the store is kept).
     """
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers}: must be 1 or more")
     spec = store_spec(data)
-    pointer(workspace, spec)  # refuses a label that no file can be named after, before the work
+    pointer(workspace, spec)  # before the work, because it refuses a label that cannot be in a file name
     pairs, bad = find_pairs(images, annotations)
     directory = workspace.store(store_key(spec, pairs, bad))
     with build_store(directory, spec) as writer:
         if writer:
             _fill(writer, pairs, bad, spec, skip_bad, workers or cores())
-    del pairs  # of a large data set they take as much memory as its manifest, which is read now
+    del pairs  # for a large data set they take as much memory as the manifest, which is read next
     store = Store(directory)
     if not writer:
-        log.info("%s is there already, made of the same files", directory)
+        log.info("%s already exists, made from the same files", directory)
         _check_skipped(store.skipped, skip_bad)
     point_to(workspace, store)
     if masks is not None:
@@ -125,12 +125,12 @@ def _fill(
     for result in bar(made, len(tasks), "preprocess"):
         if not isinstance(result, Record):
             writer.skipped.append(result)
-        elif skip_bad or not writer.skipped:  # else the store will not come to be
+        elif skip_bad or not writer.skipped:  # otherwise the store will not be published
             writer.add(result)
     writer.skipped.sort(key=lambda entry: entry["file"])
     _check_skipped(writer.skipped, skip_bad)
     if not writer.samples:
-        raise InputDataError("no usable pair of image and annotation is left: repair some of the files above")
+        raise InputDataError("no usable pair of image and annotation is left: repair the files above")
     if not any(sample["area"] for sample in writer.samples):
         _check_label([pair.annotation for pair in pairs], spec.labels[0])
 
@@ -152,7 +152,7 @@ def _image_source(pair: Pair, annotation: Annotation | None) -> Path | bytes:
         return pair.image
     if annotation is None or annotation.image_data is None:
         raise InputDataError(
-            f"{pair.annotation}: its embedded image is gone since it was hashed: run the command again"
+            f"{pair.annotation}: its embedded image disappeared after it was hashed: run the command again"
         )
     return annotation.image_data
 
@@ -165,8 +165,8 @@ def _mask(path: Path, annotation: Annotation | None, size: tuple[int, int], labe
     mask, graded = read_member_mask(path)
     if graded:
         raise InputDataError(
-            f"{path}: its values are not only 0 and one of 1, 255 and 65535, so where the foreground begins is "
-            "a choice: save it with 0 and 255"
+            f"{path}: its values are not just 0 and one of 1, 255 and 65535, so it is not clear where the "
+            "foreground begins: save it with 0 and 255"
         )
     _check_size(path, (mask.shape[0], mask.shape[1]), size)
     return mask
@@ -176,12 +176,12 @@ def _check_size(path: Path, declared: tuple[int, int], size: tuple[int, int]) ->
     if declared != size:
         raise InputDataError(
             f"{path}: made for {declared[1]} x {declared[0]} pixels (width x height), but its image has {size[1]} x "
-            f"{size[0]}: give the image it was drawn on, or annotate this one anew"
+            f"{size[0]}: give the image it was drawn on, or annotate this one again"
         )
 
 
 def _check_skipped(entries: Sequence[Skipped], skip_bad: bool) -> None:
-    """Fail because of bad pairs, or say that they are left out."""
+    """Fail on bad pairs, or log that they are left out."""
     listing = "\n".join(f"  {entry['file']}: {entry['reason']}. Remedy: {entry['remedy']}" for entry in entries)
     if entries and not skip_bad:
         raise InputDataError(
@@ -192,31 +192,31 @@ def _check_skipped(entries: Sequence[Skipped], skip_bad: bool) -> None:
 
 
 def _check_label(annotations: Sequence[Path], label: str) -> None:
-    """Tell a misspelt label from a data set that has nothing to find."""
+    """Refuse a misspelt label; warn of a data set without foreground."""
     labels: Counter[str] = Counter()
     for path in annotations:
         if path.suffix.lower() == ".json":
             try:
                 labels += read_labelme(path).labels
             except InputDataError:
-                continue  # listed as bad already
+                continue  # already listed as bad
     if labels and label not in labels:
         found = ", ".join(f"{name} ({count})" for name, count in labels.most_common(10))
-        raise UsageError(f"data.label {label!r}: no shape has it; there are {found}: use --set data.label=...")
-    log.warning("no sample has any foreground: a network learns nothing from them")
+        raise UsageError(f"data.label {label!r}: no shape has this label; found {found}: use --set data.label=...")
+    log.warning("no sample has any foreground: a network cannot learn from them")
 
 
 def _write_masks(store: Store, directory: Path) -> None:
-    """Write each sample's mask as PNG, except where the file has the same pixels."""
+    """Write each sample's mask as PNG, unless the file already has the same pixels."""
     written = 0
-    with lock(lock_file(directory / "masks")):  # inside, because the directory may be all that can be written
+    with lock(lock_file(directory / "masks")):  # inside, because its parent may not be writable
         remove_leftovers(directory, ".*.png.*.tmp")
         for index, sample in enumerate(bar(store.samples, len(store), "masks")):
             mask, path = store.full_mask(index), mask_file(directory, sample["stem"])
             if not _holds(path, mask):
                 write_mask(path, mask)
                 written += 1
-    log.info("%s: %d masks written, %d were there", directory, written, len(store) - written)
+    log.info("%s: %d masks written, %d already there", directory, written, len(store) - written)
 
 
 def _holds(path: Path, mask: NDArray[np.bool_]) -> bool:
@@ -238,7 +238,7 @@ def _report(store: Store) -> None:
 
 
 def _report_split(store: Store, split: Split) -> None:
-    """Print how a split divides the samples; refuse one that does not suit them."""
+    """Print how a split divides the samples; refuse one that does not fit them."""
     training, validation = split_samples(store.samples, split)
     fold = f" {split.fold} of {split.folds}" if split.kind == "kfold" else ""
     print(f"split  {split.kind}{fold}: {len(training)} for training, {len(validation)} for validation")

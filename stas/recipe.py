@@ -1,8 +1,8 @@
-"""Reading recipes: a packaged one or a YAML file, laid over the one that it extends, and changed by settings.
+"""Load recipes: a packaged one or a YAML file, merged over the one it extends, then changed by settings.
 
 Precedence, later wins: the defaults in stas/config.py < the recipe file < the member's `set` in the ensemble <
-`--set key=value`. A recipe file that `extends` another is that file's values with its own laid over them.
-An unknown or wrong key is refused with the valid ones listed.
+`--set key=value`. A recipe file that `extends` another starts from that file's values and overrides them
+with its own. An unknown key is refused, and the error lists the valid ones.
 """
 
 import copy
@@ -19,22 +19,22 @@ from stas.errors import InputDataError, UsageError
 from stas.system.untrusted import MAX_YAML_BYTES, parse_yaml, read_bounded, shown
 
 RECIPES = Path(__file__).parent / "recipes"
-PROBLEMS_SHOWN = 20  # of a recipe; a file that is something else has thousands
+PROBLEMS_SHOWN = 20  # per recipe: a file that is something else has thousands
 
 
 class _RecipeFile(Recipe):
-    """What a recipe file may say beyond the recipe itself."""
+    """A recipe file: a recipe's keys, and `extends`."""
 
     extends: str | None = None
 
 
 def recipe_names() -> list[str]:
-    """The recipes that come with the package."""
+    """The names of the packaged recipes."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def load_recipe(name: str, overrides: Sequence[str] = (), settings: Mapping[str, Any] | None = None) -> Recipe:
-    """Load a recipe, change it as a member of an ensemble does, and apply `--set` overrides.
+    """Load a recipe, apply an ensemble member's settings, and then `--set` overrides.
 
     Args:
         name: the name of a packaged recipe, or the path of a YAML file.
@@ -42,7 +42,7 @@ def load_recipe(name: str, overrides: Sequence[str] = (), settings: Mapping[str,
         settings: values by dotted key, such as {"train.epochs": 20}; overrides win over them.
 
     Raises:
-        UsageError: no such recipe, or a key or value that is not valid.
+        UsageError: no such recipe, or an invalid key or value.
     """
     path = _recipe_path(name)
     values, source = _read_recipe(path)
@@ -55,28 +55,26 @@ def load_recipe(name: str, overrides: Sequence[str] = (), settings: Mapping[str,
 
 
 def recipe_beside(name: str, file: Path, what: str) -> str:
-    """Resolve the name of a recipe that stands in another file, for `load_recipe`.
+    """Resolve a recipe's name found in another file, for `load_recipe`.
 
     Args:
-        name: a packaged recipe's name, or a path relative to `file` that does not lead out of its directory.
-        file: where the name stands.
+        name: a packaged recipe's name, or a path relative to `file` that stays inside its directory.
+        file: the file that contains the name.
         what: what `file` is, for the message.
 
     Raises:
-        UsageError: the path leads out of the directory.
+        UsageError: the path leaves the directory.
     """
     if name in recipe_names():
         return name
     inside = file.parent.resolve()
     if not Path(os.path.normpath(inside / name)).is_relative_to(inside):
-        raise UsageError(
-            f"{file}: {shown(name)} is outside of the {what}'s directory: put the recipe beside or below it"
-        )
+        raise UsageError(f"{file}: {shown(name)} is outside the {what}'s directory: put the recipe beside or below it")
     return str(file.parent / name)
 
 
 def is_section(key: str) -> bool:
-    """Whether a dotted key names a section of a recipe, such as data.split, and not a value."""
+    """Whether a dotted key names a section of a recipe, such as data.split, rather than a value."""
     section: Any = Recipe
     for part in key.split("."):
         known = isinstance(section, type) and issubclass(section, Section) and part in section.model_fields
@@ -92,7 +90,7 @@ def _recipe_path(name: str) -> Path:
 
 
 def _read_recipe(path: Path) -> tuple[dict[str, Any], str]:
-    """A recipe file's values, laid over those of the recipe that it extends; and the file's name for messages."""
+    """A recipe file's values, merged over those of the recipe it extends, and the file's name for messages."""
     values = _read_mapping(path)
     if "extends" not in values:
         return values, str(path)
@@ -101,14 +99,14 @@ def _read_recipe(path: Path) -> tuple[dict[str, Any], str]:
         raise UsageError(f"{path}: extends = {shown(name)}: give the name of one recipe, such as lite0")
     base_path = _recipe_path(recipe_beside(name, path, "recipe"))
     base = _read_mapping(base_path)
-    if "extends" in base:  # one level, so that a reader finds every value in two files
+    if "extends" in base:  # one level only, so that no reader needs more than two files
         raise UsageError(
             f"{path}: extends {shown(name)}, which itself extends {shown(base['extends'])}: extend a recipe that "
-            "extends no other, and write what differs from it"
+            "extends no other, and write only the differences"
         )
     for own in ("name", "summary"):
         base.pop(own, None)
-    return _laid_over(base, values), f"{path} (extends {name})"
+    return _merged(base, values), f"{path} (extends {name})"
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
@@ -118,10 +116,10 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     return values
 
 
-def _laid_over(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """The union of two nested mappings; where both have a value, that of `values`."""
+def _merged(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Merge two nested mappings; where both have a value, `values` wins."""
     both = {
-        key: _laid_over(base[key], value)
+        key: _merged(base[key], value)
         for key, value in values.items()
         if isinstance(value, dict) and isinstance(base.get(key), dict)
     }
@@ -129,10 +127,10 @@ def _laid_over(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file of plain values holds (see `parse_yaml`).
+    """Read a YAML file of plain values (see `parse_yaml`).
 
     Raises:
-        UsageError: not readable, or not such a file.
+        UsageError: not readable, or not plain YAML.
     """
     try:
         return parse_yaml(read_bounded(path, MAX_YAML_BYTES))
@@ -140,33 +138,35 @@ def read_yaml(path: Path) -> Any:
         raise UsageError(str(error)) from error
     except ValueError as error:
         raise UsageError(
-            f"{path}: not readable as YAML ({error}): correct it, or begin with a copy of another"
+            f"{path}: not readable as YAML ({error}): correct it, or start from a copy of another"
         ) from error
 
 
 def parse_recipe(values: dict[str, Any], source: str, listed: type[Section] = Recipe) -> Recipe:
-    """Validate a recipe that stands in `source` (named in errors, which list the keys of `listed` as valid).
+    """Validate a recipe read from `source`. Errors name it, and list the keys of `listed` as valid.
 
     Raises:
-        UsageError: lists every wrong key with its value, the requirement, and for unknown keys the valid ones.
+        UsageError: lists every wrong key with its value and the requirement, and the valid keys for an unknown one.
     """
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UsageError(f"{source}: not a valid recipe:\n{explain(error, listed)}") from None  # it repeats the input
+        raise UsageError(
+            f"{source}: not a valid recipe:\n{explain(error, listed)}"
+        ) from None  # pydantic's error repeats the input
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, defaults included; `parse_recipe` reads it back to an equal one."""
+    """The resolved recipe as YAML, defaults included; `parse_recipe` reads it back unchanged."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
 def recipes() -> str:
-    """A table of the packaged recipes: name, network, size and batch."""
+    """A table of the packaged recipes: name, network, size (width x height) and batch."""
     rows = [("recipe", "architecture", "encoder", "size", "batch", "summary")]
     for name in recipe_names():
         recipe = load_recipe(name)
-        size = " x ".join(map(str, recipe.data.size))
+        size = " x ".join(map(str, reversed(recipe.data.size)))
         rows.append(
             (
                 name,
@@ -196,7 +196,7 @@ def _read_override(override: str) -> tuple[str, Any]:
 
 
 def _apply(values: dict[str, Any], key: str, value: Any, source: str) -> None:
-    """Set one dotted key of the nested mapping `values` in place; `source` is where it was said."""
+    """Set one dotted key of the nested mapping `values` in place; `source` says where it was set."""
     *sections, last = key.split(".")
     for section in sections:
         values = values.setdefault(section, {})
@@ -206,7 +206,7 @@ def _apply(values: dict[str, Any], key: str, value: Any, source: str) -> None:
 
 
 def explain(error: ValidationError, model: type[Section]) -> str:
-    """The problems that pydantic found in a file, one in a line."""
+    """The problems that pydantic found in a file, one per line."""
     found = error.errors(include_url=False, include_context=False)
     more = [f"  and {len(found) - PROBLEMS_SHOWN} more"] if len(found) > PROBLEMS_SHOWN else []
     return "\n".join([f"  {_explain(problem, model)}" for problem in found[:PROBLEMS_SHOWN]] + more)

@@ -1,4 +1,4 @@
-"""The ensemble's mask: each pixel by majority of the members' masks, or by the mean of their probabilities."""
+"""The ensemble's mask: for each pixel, the majority of the members' masks or the mean of their probabilities."""
 
 import logging
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from stas.system.threads import in_threads
 
 log = logging.getLogger(__name__)
 
-MAX_WEIGHT = 1000  # summed over members and times a 16-bit probability it stays far inside 64 bits
+MAX_WEIGHT = 1000  # summed over members, times a 16-bit probability, this stays far below 64 bits
 
 Ties = Literal["foreground", "background"]
 
@@ -31,15 +31,15 @@ def vote(
     threshold: float | None = None,
     workers: int | None = None,
 ) -> Path:
-    """Write the members' vote on every image as a set of predictions.
+    """Write the members' vote on every image as a prediction set.
 
     Args:
         members: directories of mask PNGs with the same stems and sizes; at least two.
         out: the new set, `<stem>.png` (8-bit L, 0/255) and a manifest; an identical earlier vote is kept.
-        ties: what a pixel with exactly half of the votes becomes; needed where that can happen.
+        ties: what a pixel with exactly half of the votes becomes; required if that can happen.
         weights: votes of each member, whole numbers from 1; one each by default.
-        soft: foreground is where the (weighted) mean of the members' 16-bit probabilities is above 0.5; writes the
-            mean into `probabilities/` too.
+        soft: foreground is where the (weighted) mean of the members' 16-bit probabilities is above 0.5; also
+            writes the mean into `probabilities/`.
         threshold: a member's mask is foreground above this value; above 0 by default (see `read_member_mask`).
         workers: threads; by default one per processor.
 
@@ -47,7 +47,7 @@ def vote(
         `out`.
 
     Raises:
-        UsageError: options that do not fit together, or a tie that is possible and not decided.
+        UsageError: options that contradict each other, or a possible tie without `ties`.
         InputDataError: members whose cases or sizes differ, or without probabilities; names them.
     """
     votes = _votes(weights, len(members))
@@ -105,7 +105,7 @@ def majority(
 
 
 def tie_possible(votes: Sequence[int]) -> bool:
-    """Whether some of the members together have exactly half of all votes."""
+    """Whether some subset of the members has exactly half of all votes."""
     half, odd = divmod(sum(votes), 2)
     if odd:
         return False
@@ -124,15 +124,15 @@ def _check_options(
     threshold: float | None,
 ) -> None:
     if out.resolve() in [member.resolve() for member in members]:
-        raise UsageError(f"{out}: is a member and cannot be the vote's own directory: give another")
+        raise UsageError(f"{out} is a member and cannot also be the vote's directory: give another")
     check_replaceable(out, "vote")
     if soft and (ties or threshold is not None):
         raise UsageError(
-            "a soft vote takes the pixels whose mean probability is above 0.5: leave out --ties and --threshold"
+            "a soft vote marks the pixels whose mean probability is above 0.5: leave out --ties and --threshold"
         )
     if not soft and ties is None and tie_possible(votes):
         raise UsageError(
-            f"{len(votes)} members with votes {', '.join(map(str, votes))} can tie: say what a tie becomes with "
+            f"{len(votes)} members with votes {', '.join(map(str, votes))} can tie: choose what a tie becomes with "
             "--ties foreground or --ties background, or give an odd number of members"
         )
 
@@ -140,7 +140,9 @@ def _check_options(
 def _votes(weights: Sequence[int] | None, members: int) -> list[int]:
     """The votes of each member; one each by default."""
     if members < 2:
-        raise UsageError(f"{members} member given: a vote needs at least two, and without ties an odd number")
+        raise UsageError(
+            f"{members} member given: a vote needs at least two, and an odd number if there is no rule for ties"
+        )
     if weights is None:
         return [1] * members
     if len(weights) != members:
@@ -148,7 +150,7 @@ def _votes(weights: Sequence[int] | None, members: int) -> list[int]:
     for weight in weights:
         if not 1 <= weight <= MAX_WEIGHT:
             raise UsageError(
-                f"weight {weight}: give whole numbers from 1 to {MAX_WEIGHT}; leave out a member without a say"
+                f"weight {weight}: give whole numbers from 1 to {MAX_WEIGHT}; leave out a member that should not count"
             )
     return list(weights)
 
@@ -161,24 +163,24 @@ def _files(member: Member, soft: bool) -> dict[str, Path]:
     missing = [stem for stem, path in files.items() if not path.is_file()]
     if missing:
         raise InputDataError(
-            f"{member.directory}: no probabilities of {len(missing)} of {len(files)} images ({named(missing)}): a soft "
-            "vote needs them: run `stas infer --probabilities`"
+            f"{member.directory}: no probabilities for {len(missing)} of {len(files)} images ({named(missing)}): a "
+            "soft vote needs them: run `stas infer --probabilities`"
         )
     return files
 
 
 def _soft_vote(sources: Sequence[Path], votes: Sequence[int], size: tuple[int, int], out: Path, stem: str) -> None:
-    """Write the mask and the mean probability of one image; exact in whole numbers."""
+    """Write the mask and the mean probability of one image, in exact integer arithmetic."""
     summed = np.zeros(size, np.int64)
     for source, count in zip(sources, votes, strict=True):
         values = read_grey(source)
         if values.dtype != np.uint16 or values.shape != size:
             raise InputDataError(
-                f"{source}: {values.dtype} of {values.shape[0]} x {values.shape[1]}, where 16-bit probabilities of "
-                f"{size[0]} x {size[1]} are needed: run `stas infer --probabilities`"
+                f"{source}: {values.dtype}, {values.shape[1]} x {values.shape[0]} pixels (width x height), but 16-bit "
+                f"probabilities of {size[1]} x {size[0]} are needed: run `stas infer --probabilities`"
             )
         summed += values.astype(np.int64) * count
     total = sum(votes)
     write_mask(paths.mask_file(out, stem), 2 * summed > 65535 * total, synced=False)
-    mean = (2 * summed + total - 1) // (2 * total)  # to the nearest, halves down, like `write_probability`
+    mean = (2 * summed + total - 1) // (2 * total)  # to nearest, halves down, like `write_probability`
     write_probability(paths.probability_file(out, stem), (mean / 65535).astype(np.float32), synced=False)

@@ -75,7 +75,7 @@ def test_a_recipe_that_extends_another_says_only_what_differs(tmp_path):
     ("text", "said"),
     [
         ("extends: lite9", "no recipe"),
-        ("extends: ../lite0.yaml", "'../lite0.yaml' is outside of the recipe's directory"),
+        ("extends: ../lite0.yaml", "'../lite0.yaml' is outside the recipe's directory"),
         ("extends: [lite0]", r"extends = \['lite0'\]: give the name of one recipe"),
         ("extends: lite0_fpn", "which itself extends 'lite0': extend a recipe that extends no other"),
         ("extends: mine.yaml", "which itself extends 'mine.yaml'"),
@@ -108,8 +108,9 @@ def test_unknown_keys_are_refused_with_the_valid_ones():
     ("override", "message"),
     [
         ("train.batch=0", "train.batch = 0: "),
-        ("data.size=7", "each side must be 32 to 8192"),
+        ("data.size=7", "height and width must each be 32 to 8192"),
         ("augment.rot90=0.5", "use a square data.size"),
+        ("augment.dihedral=true", "turn 640 x 352 images (width x height) into 352 x 640"),
         ("data.std=null", "give both or neither"),
         ("loss={dice: 0}", "every term of the loss has weight 0"),
         ("schedule.warmup=0", "onecycle needs schedule.warmup"),
@@ -123,8 +124,8 @@ def test_unknown_keys_are_refused_with_the_valid_ones():
         ("train.batch=2001-99-99", "not readable as YAML"),
         ("optimizer.lr=.nan", "optimizer.lr = nan: "),
         ("optimizer.lr=.inf", "optimizer.lr = inf: "),
-        ("model.encoder=tu-hf-hub:somebody/model", "is a place, not a name"),
-        ("model.options={pretrained_cfg_overlay: {file: a.pth}}", "may not say where weights come from"),
+        ("model.encoder=tu-hf-hub:somebody/model", "is a location, not a name"),
+        ("model.options={pretrained_cfg_overlay: {file: a.pth}}", "must not choose where weights come from"),
     ],
 )
 def test_wrong_values_are_refused(override, message):
@@ -169,3 +170,4 @@ def test_the_table_lists_every_recipe():
     assert [line.split()[0] for line in lines] == recipe_names()
     assert "tu-eca_nfnet_l2.ra3_in1k" in lines[recipe_names().index("eca_nfnet_l2")]
     assert "800 x 800" in lines[recipe_names().index("eca_nfnet_l2")]
+    assert "640 x 352" in lines[recipe_names().index("lite0")]

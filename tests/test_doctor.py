@@ -80,7 +80,7 @@ def test_a_gpu_newer_than_torch_is_sent_to_a_newer_image():
     [
         (None, "13.0", "warn", "none"),
         (Driver("570.1", (12, 8), 0), "13.0", "warn", "none"),  # hidden by CUDA_VISIBLE_DEVICES
-        (Driver("570.1", (12, 8), 4), "13.0", "FAIL", "built for CUDA 13.0, and the driver knows CUDA up to 12.8"),
+        (Driver("570.1", (12, 8), 4), "13.0", "FAIL", "built for CUDA 13.0, and the driver supports CUDA up to 12.8"),
         (Driver("570.1", (12, 8), 4), None, "FAIL", "without CUDA"),
         (Driver("535.1", (12, 2), 1), "12.6", "FAIL", "error 802"),  # same major runs: something else is wrong
     ],
@@ -126,7 +126,7 @@ def test_shared_memory(gib: float | None, status: str):
 def test_little_memory_and_disk_are_warned_of():
     assert [memory(gib, "").status for gib in (3.9, 4.0)] == ["warn", "ok"]
     assert [free_space(gib, (800, 800)).status for gib in (4.9, 5.0)] == ["warn", "ok"]
-    assert "2.4 MiB an image at 800 x 800" in free_space(1.0, (800, 800)).remedy  # 800 * 800 * 4 / 2**20
+    assert "2.4 MiB per image at 1600 x 400" in free_space(1.0, (400, 1600)).remedy  # 1600 * 400 * 4 / 2**20
 
 
 def test_packages_are_those_of_pyproject():
@@ -166,7 +166,7 @@ def test_packages_missing_old_and_broken(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_workspace_yet_to_be_made_is_looked_at_where_it_will_be(tmp_path: Path):
     findings = {finding.what: finding for finding in workspace_findings(tmp_path / "new" / "er", None)}
-    assert findings["directory"].found == f"{tmp_path / 'new' / 'er'}, to be made in {tmp_path}, writable"
+    assert findings["directory"].found == f"{tmp_path / 'new' / 'er'}, to be created in {tmp_path}, writable"
     assert set(findings) == {"directory", "free disk", "file system"}
     assert not list(tmp_path.iterdir())
 
@@ -257,5 +257,5 @@ def test_without_torch_the_report_goes_on(capsys: pytest.CaptureFixture[str], mo
     assert doctor(None, None) is False
     report = capsys.readouterr().out
     assert re.search(r"^  FAIL  torch  .*does not load", report, re.MULTILINE)
-    assert re.search(r"^  FAIL  devices .*cannot be looked at", report, re.MULTILINE)
+    assert re.search(r"^  FAIL  devices .*cannot be checked", report, re.MULTILINE)
     assert "\nPretrained weights\n" in report

@@ -78,7 +78,7 @@ def test_folds_may_be_all_of_one_recipe(tmp_path: Path):
             "members: [lite0, efficientnetv2_m]",
             [],
             "cannot be scored together: lite0 has kind 'fraction', fraction 0.2, seed 0; "
-            "efficientnetv2_m has kind 'first', count 237: give all the same data.split, or write `folds: 5`",
+            "efficientnetv2_m has kind 'first', count 237: give them all the same data.split, or write `folds: 5`",
         ),
         (
             "members: [lite0, lite0_fpn, {recipe: lite0, run: other, set: {data.split.seed: 1}}]",
@@ -88,15 +88,15 @@ def test_folds_may_be_all_of_one_recipe(tmp_path: Path):
         (
             "members: [lite0, {recipe: lite0_fpn, set: {data.label: vessel}}]",
             [],
-            "cannot vote together: lite0 'STAS', lite0_fpn 'vessel': give all the same data.label",
+            "cannot vote together: lite0 'STAS', lite0_fpn 'vessel': give them all the same data.label",
         ),
         (
             "members: [lite0, {recipe: lite0_fpn, set: {data.split.seed: 1}}]\nfolds: 2",
             [],
-            "but not lite0_fpn-fold0 has kind 'kfold', folds 2, fold 0, seed 1; lite0_fpn-fold1",
+            "but lite0_fpn-fold0 has kind 'kfold', folds 2, fold 0, seed 1; lite0_fpn-fold1",
         ),
-        ("members: [lite0]\nfolds: 2", ["data.split.fold=1"], "but not lite0-fold0 has kind 'kfold', folds 2, fold 1"),
-        ("members: [lite0]\nfolds: 2", ["data.split.kind=first"], "but not lite0-fold0 has kind 'first', count 237"),
+        ("members: [lite0]\nfolds: 2", ["data.split.fold=1"], "but lite0-fold0 has kind 'kfold', folds 2, fold 1"),
+        ("members: [lite0]\nfolds: 2", ["data.split.kind=first"], "but lite0-fold0 has kind 'first', count 237"),
     ],
 )
 def test_members_that_cannot_be_scored_together_are_refused_by_name(
@@ -136,13 +136,13 @@ def test_a_wrong_key_of_a_member_names_it_and_the_valid_ones(tmp_path: Path):
         ),
         ("members: [lite0, {recipe: lite0_fpn, set: {data.split: {seed: 1}}}]", "data.split is a section"),
         ("members: [lite0, {recipe: lite0_fpn, set: {train.batch.size: 1}}]", "'batch' is a value, not a section"),
-        ("members: [lite0, {recipe: lite0_fpn, run: lite0}]", "two members are called lite0: give each a `run`"),
+        ("members: [lite0, {recipe: lite0_fpn, run: lite0}]", "two members are called lite0: give each its own `run`"),
         ("member: [lite0, lite0_fpn]", "member: unknown key; valid here: members, ties, folds"),
         ("members: [lite0, lite0]", "two members are called lite0"),
         ("members: [lite0, nothing]", "no recipe"),
         ("members: [", "not readable as YAML"),
-        ("members: [../mine.yaml, lite0]", "outside of the ensemble's directory"),
-        ("members: [/mine.yaml, lite0]", "outside of the ensemble's directory"),
+        ("members: [../mine.yaml, lite0]", "outside the ensemble's directory"),
+        ("members: [/mine.yaml, lite0]", "outside the ensemble's directory"),
         ("members: [lite0, lite0_fpn]\nties: maybe", "'foreground' or 'background'"),
     ],
 )
@@ -176,7 +176,7 @@ def test_folds_have_no_common_held_out_images_to_score(tmp_path: Path, capsys: p
     shared = ["--ensemble", name, "--held-out", "--workspace", str(tmp_path / "ws")]
     for command in (["vote", *shared], ["evaluate", *shared, "--truth", str(tmp_path), "--out", str(tmp_path / "out")]):
         assert main(command) == 2
-        assert "hold out one of 3 folds each" in capsys.readouterr().err
+        assert "holds out a different one of 3 folds" in capsys.readouterr().err
     assert main(["vote", "--ensemble", name, "--workspace", str(tmp_path / "ws")]) == 3, "new images: masks are missing"
     assert "3 of 3 members are missing" in capsys.readouterr().err
 

@@ -124,7 +124,7 @@ def test_a_second_run_does_nothing(cases, monkeypatch, caplog):
     assert cases.run(masks=masks).key == store.key
     assert [path.stat().st_mtime_ns for path in files] == [stat.st_mtime_ns for stat in before]
     assert [path.stat().st_ino for path in files] == [stat.st_ino for stat in before]
-    assert "is there already" in caplog.text
+    assert "already exists" in caplog.text
 
 
 def test_every_input_changes_the_key(cases):
@@ -394,7 +394,7 @@ BAD = [
     (damaged_embedded_image, "embedded image: not readable as an image"),
     (json_and_mask, "bad.json annotates the same image"),
     (mask_of_another_size, "made for 40 x 60 pixels"),
-    (graded_mask, "values are not only 0 and one of 1, 255 and 65535"),
+    (graded_mask, "values are not just 0 and one of 1, 255 and 65535"),
     (name_that_is_not_utf8, "its name is not UTF-8"),
     (second_annotation, "also belongs to"),
 ]
@@ -459,7 +459,7 @@ def test_nothing_usable(tmp_path):
 
 
 def test_a_misspelt_label_is_refused_with_those_that_are_there(cases):
-    with pytest.raises(UsageError, match=r"data.label 'stas': no shape has it; there are STAS \(2\), tissue \(1\)"):
+    with pytest.raises(UsageError, match=r"data.label 'stas': no shape has this label; found STAS \(2\), tissue \(1\)"):
         cases.run("data.label=stas")
     with pytest.raises(UsageError, match="label 'a/b'"):
         cases.run("data.label=a/b")

@@ -1,6 +1,6 @@
 """Measure `stas` against physical limits and rivals: `make bench`, or python -m scripts.bench [--quick] [NAME ...].
 
-Most figures are ratios of two things timed in turn in the same run, so that another machine's can be compared.
+Most figures are ratios of two things timed in turn in the same run, so they can be compared across machines.
 """
 
 import argparse
@@ -24,13 +24,13 @@ PARTS = ("data", "preprocess", "infer", "vote", "evaluate", "checkpoint", "optim
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts.bench", description=__doc__)
-    parser.add_argument("parts", nargs="*", metavar="NAME", help=f"only these of {', '.join(PARTS)}")
+    parser.add_argument("parts", nargs="*", metavar="NAME", help=f"only these parts, of {', '.join(PARTS)}")
     parser.add_argument("--quick", action="store_true", help="tiny inputs, to see that everything works")
     parser.add_argument("--out", type=Path, default=Path(".bench"), help="directory of the results (default: .bench)")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
-        parser.error(f"{', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
-    keep_freed_memory()  # as each command does
+        parser.error(f"{', '.join(sorted(unknown))}: not a part; choose from {', '.join(PARTS)}")
+    keep_freed_memory()  # as every command does
     rows: list[Row] = []
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="stas-bench-") as scratch:
@@ -48,14 +48,14 @@ def main() -> int:
 
 
 def line(row: Row) -> str:
-    """A row of the table on a terminal."""
+    """A row of the table for the terminal."""
     sign = "at least" if row.at_least else "at most"
     verdict = "reached" if row.reached else "MISSED"
     return f"{row.what:70s} {figure(row.to_json()):>10s}  {sign:>8s} {row.target:<5g} {verdict}"
 
 
 def _measured(part: str, site: Site) -> Iterator[Row]:
-    """A part's rows as they come; what the stages print goes to stderr."""
+    """A part's rows as they come; the stages' output goes to stderr."""
     rows = importlib.import_module(f"scripts.bench.{part}").measure(site)
     while True:
         with redirect_stdout(sys.stderr):

@@ -1,4 +1,4 @@
-"""Writing a checkpoint beside training: its processor time, and how long it keeps another thread from running."""
+"""Writing a checkpoint during training: its processor time, and how long it keeps another thread from running."""
 
 import statistics
 import threading
@@ -66,7 +66,7 @@ def _cost(call: Callable[[], object]) -> tuple[float, float]:
 
 
 def _snapshot(encoder: str) -> Snapshot:
-    """Of a network that was never trained, with the two averages of an optimiser like Adam."""
+    """A snapshot of an untrained network, with the two running averages of an optimiser like Adam."""
     network = smp.DeepLabV3Plus(f"tu-tf_efficientnet_{encoder}", encoder_weights=None)
     optimizer = torch.optim.Adam(network.parameters())
     for parameter in network.parameters():

@@ -1,4 +1,4 @@
-"""Training samples on their way into the step: against the original chain, against memcpy, and beside the step."""
+"""How fast training samples reach the step, compared with the original chain and with memcpy, and during a step."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -28,7 +28,7 @@ def measure(site: Site) -> Iterator[Row]:
 
 
 def _loading(site: Site) -> Iterator[Row]:
-    """Samples a second at the reference's size, in the reference's batches."""
+    """Samples per second at the reference's size, in the reference's batches."""
     side, count = (64, 8) if site.quick else (800, 160)
     recipe = load_recipe("efficientnet_b6_ns", [f"data.size={side}", SPLIT])
     store = open_store(make_store(site, site.scratch / recipe.name, recipe, count), recipe.data)
@@ -100,7 +100,7 @@ def _loading(site: Site) -> Iterator[Row]:
 
 
 def _beside_the_step(site: Site) -> Row:
-    """The step's time when the batch lies there, and when it comes from the store, in blocks of steps in turn."""
+    """The step's time with a resident batch and with batches from the store, in alternating blocks of steps."""
     steps = 2 if site.quick else 4
     recipe = load_recipe("lite0", [SPLIT, *(["data.size=64"] if site.quick else [])])
     workspace = make_store(site, site.scratch / recipe.name, recipe, 8 if site.quick else 40)

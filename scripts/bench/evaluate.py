@@ -1,4 +1,4 @@
-"""How fast predictions are scored: against the decoding of their masks, which cannot be left out."""
+"""How fast predictions are scored, compared with decoding their masks alone."""
 
 import shutil
 from collections.abc import Iterator

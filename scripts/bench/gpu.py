@@ -2,8 +2,8 @@
 
 python -m scripts.bench.gpu --out FILE [--minutes 10] [--quick]
 
-What matters most comes first; parts for which no time is left are noted as skipped. The results are written after each
-measurement, so that a run cut off leaves what it had. Without a GPU all of it runs on the CPU, to be tried (--quick).
+The most important parts come first; those that no time is left for are noted as skipped. Results are written after each
+measurement, so an interrupted run keeps them. Without a GPU everything runs on the CPU, to try it out (--quick).
 """
 
 import argparse
@@ -41,11 +41,11 @@ from stas.system.resources import GIB
 Result = dict[str, Any]
 EAGER = [Variant(precision, last) for precision in ("bf16", "tf32", "fp32") for last in (False, True)]
 COMPILED = [Variant(precision, last, True) for precision in ("bf16", "tf32") for last in (True, False)]
-COMPILING = 150  # seconds that a large network may take to compile
+COMPILING = 150  # seconds that compiling a large network may take
 
 
 class Report:
-    """The results so far, on disk after each; and the time that is left."""
+    """The results so far, written to disk after each one, and the time that is left."""
 
     def __init__(self, out: Path, minutes: float) -> None:
         self._out = out
@@ -56,13 +56,13 @@ class Report:
         """Add the result of `call`, unless fewer than `needs` seconds are left or it fails, which is noted."""
         began, result = time.monotonic(), None
         if self._end - began < needs:
-            self.note(f"{what}: skipped, {max(0, self._end - began):.0f} s are left of the {needs:.0f} it may need")
+            self.note(f"{what}: skipped: {max(0, self._end - began):.0f} s are left, and it may need {needs:.0f}")
             return None
         try:
             result = call()
         except torch.OutOfMemoryError as error:
             self.note(f"{what}: out of memory: {str(error).splitlines()[0]}")
-        except Exception as error:  # a GPU may be had for minutes only: what remains is measured all the same
+        except Exception as error:  # GPU time may be short, so measure the rest anyway
             self.note(f"{what}: failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
         else:
             self.content["results"].append({"what": what} | result | {"took_s": time.monotonic() - began})
@@ -82,10 +82,10 @@ class Report:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts.bench.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="write the results there as JSON")
-    parser.add_argument("--minutes", type=float, default=10, help="all that it may take (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="a small encoder at 64 x 64, to see that all of it works")
+    parser.add_argument("--minutes", type=float, default=10, help="total time allowed (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a small encoder at 64 x 64, to see that everything works")
     options = parser.parse_args()
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # every figure is that of one GPU, the rivals' as well
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # every figure is for one GPU, the rivals' too
     report = Report(options.out, options.minutes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
@@ -96,7 +96,7 @@ def main() -> int:
 
 
 def run(bench: Bench, report: Report) -> None:
-    """All parts, those of most value first."""
+    """All parts, the most important first."""
     names = ("lite0",) if bench.quick else ("efficientnet_b6_ns", "efficientnetv2_m", "eca_nfnet_l2")
     product = report.measure("bf16 product", lambda: _product(bench)) or {}
     best: dict[str, Variant] = {}
@@ -114,8 +114,8 @@ def run(bench: Bench, report: Report) -> None:
 
 
 def _in_turn(names: tuple[str, ...]) -> Iterator[tuple[str, Variant]]:
-    """The remaining variants: the compiled one that promises most, then those that only complete the table."""
-    compiled = COMPILED if torch.cuda.is_available() else []  # a processor compiles for minutes
+    """The remaining variants: the most promising compiled one, then those that only complete the table."""
+    compiled = COMPILED if torch.cuda.is_available() else []  # on a CPU, compiling takes minutes
     for variant in (*compiled[:1], *EAGER[2:], *compiled[1:]):
         for name in names:
             yield name, variant
@@ -127,7 +127,7 @@ def _trained(bench: Bench, report: Report, name: str, variant: Variant, product:
 
 
 def _note_best(best: dict[str, Variant], name: str, variant: Variant, report: Report, result: Result | None) -> None:
-    """Keep the fastest variant of each encoder, in the results as well."""
+    """Keep the fastest variant of each encoder, also in the results."""
     fastest = report.content.setdefault("fastest", {})
     rate = "resident_images_per_s"
     if result and result[rate] > fastest.get(name, {rate: 0})[rate]:
@@ -141,7 +141,7 @@ def _product(bench: Bench) -> Result:
 
 
 def _train(bench: Bench, name: str, variant: Variant, product: Result) -> Result:
-    """Images per second on a batch that lies on the device, and the share of the peak that they are."""
+    """Images per second on a batch that is on the device, and the share of the peak that this is."""
     run = build_run(bench, name, variant)
     batch = resident_batch(run)
     flops = 3 * forward_flops(run, batch)  # the backward pass costs about two forward passes
@@ -154,7 +154,7 @@ def _train(bench: Bench, name: str, variant: Variant, product: Result) -> Result
     return {
         "resident_images_per_s": rate,
         "batch": batch.total,
-        "first_step_s": first,  # with the compilation
+        "first_step_s": first,  # including compilation
         "gflop_an_image": flops / 1e9,
         "tflops": reached,
         "share_of_datasheet": _share(reached, datasheet(bench.device).get(variant.precision)),
@@ -168,7 +168,7 @@ def _share(reached: float, peak: float | None) -> float | None:
 
 
 def _stall(bench: Bench, name: str, variant: Variant) -> Result:
-    """The share of a step's time that waiting for data takes, with the samples on the device and without."""
+    """The share of a step's time spent waiting for data, with and without the samples on the device."""
     run = build_run(bench, name, variant)
     batch, steps = resident_batch(run), 3 if bench.quick else 20
     calls = {
@@ -188,7 +188,7 @@ def _stall(bench: Bench, name: str, variant: Variant) -> Result:
 
 
 def _rivals(bench: Bench, name: str) -> Result:
-    """Images per second of both rivals, fed from JPEGs as they do, on the same encoder, size and batch."""
+    """Images per second of both rivals, fed from JPEGs in their own way, with the same encoder, size and batch."""
     recipe = bench.recipe(name, Variant("fp32", False))
     assert recipe.model.encoder
     images = sorted(bench.site.images.iterdir())
@@ -230,7 +230,7 @@ def _infer(bench: Bench, name: str, variant: Variant) -> Result:
 
 
 def _memory(bench: Bench, name: str, variant: Variant) -> Result:
-    """Images per GiB, from the peaks with the recipe's batch and with twice as many."""
+    """Images per GiB, from the peaks with the recipe's batch and with twice that batch."""
     if bench.device.type == "cpu":
         return {"variant": str(variant)}
     peaks = []
@@ -256,7 +256,7 @@ def _memory(bench: Bench, name: str, variant: Variant) -> Result:
 
 
 def _optimizer(bench: Bench, name: str) -> Result:
-    """Milliseconds of one update of all weights, ours and adabelief-pytorch's."""
+    """Milliseconds for one update of all weights, ours and adabelief-pytorch's."""
     run = build_run(bench, name, Variant("fp32", False))
     for parameter in run.network.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)

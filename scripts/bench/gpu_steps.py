@@ -1,4 +1,4 @@
-"""What the GPU's measurements are made of: a training run on made samples, its step, the clock, and the peaks."""
+"""Parts of the GPU measurements: a training run on made samples, its step, the clock, and the peaks."""
 
 import gc
 import math
@@ -27,7 +27,7 @@ from stas.training.loader import Batch, SampleCache, epoch_batches
 from stas.training.run import TrainingRun, TrainState, set_up
 from stas.training.transforms import prepare
 
-# Datasheets' dense TFLOP/s of the SXM form where there are several, by part of the device's name, the longest first.
+# Datasheets' dense TFLOP/s (of the SXM form if there are several) by part of the device's name, longest first.
 DATASHEET = {
     "H100 PCIe": {"fp32": 51.0, "tf32": 378.0, "bf16": 756.0},
     "H200": {"fp32": 67.0, "tf32": 494.7, "bf16": 989.4},
@@ -53,7 +53,7 @@ class Variant:
         return self.precision + ", channels_last" * self.channels_last + ", compiled" * self.compiled
 
     def settings(self) -> list[str]:
-        """What it changes in a recipe."""
+        """Its changes to a recipe."""
         precision = "fp32" if self.precision == "tf32" else self.precision
         layout = f"train.channels_last={str(self.channels_last).lower()}"
         return [f"train.precision={precision}", layout, f"train.compile={str(self.compiled).lower()}"]
@@ -61,7 +61,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Bench:
-    """What all parts share."""
+    """Shared by all parts."""
 
     site: Site  # its images are of the contest's size; no members
     workspace: Workspace
@@ -103,7 +103,7 @@ def build_run(bench: Bench, name: str, variant: Variant, batch: int | None = Non
     if bench.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    # A GPU's convolutions use TF32 unless told otherwise, its matrix products do not.
+    # By default a GPU's convolutions use TF32, but its matrix products do not.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = variant.precision != "fp32"
     run = bench.workspace.run(f"run{next(_runs)}")
     run, _ = set_up(bench.recipe(name, variant, batch), bench.workspace, run, Ranks(0, 1, bench.device))
@@ -124,7 +124,7 @@ def step(run: TrainingRun, batch: Batch) -> None:
 
 
 def feed(run: TrainingRun, on_device: bool, steps: int) -> Callable[[], object]:
-    """A function that makes `steps` steps on samples that lie on the device, or that come from the store each time."""
+    """A function that makes `steps` steps on samples that are on the device, or that come from the store each time."""
     pixels = SampleCache(run.store, run.training, run.ranks.device, resident_share=1.0 if on_device else 0.0)
     recipe = run.recipe
     whole = run.training[: len(run.training) // recipe.train.batch * recipe.train.batch]  # no short last batch
@@ -138,7 +138,7 @@ def feed(run: TrainingRun, on_device: bool, steps: int) -> Callable[[], object]:
 
 
 def forward_flops(run: TrainingRun, batch: Batch) -> float:
-    """Floating-point operations of one image's forward pass, a multiplication and an addition counted as two."""
+    """Floating-point operations of one image's forward pass, counting a multiplication and an addition as two."""
     images, _ = prepare(batch, run.recipe.data, run.recipe.augment, run.recipe.train.channels_last)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         run.network(images)
@@ -146,7 +146,7 @@ def forward_flops(run: TrainingRun, batch: Batch) -> float:
 
 
 def seconds(call: Callable[[], object], device: torch.device, repeats: int, warm_up: int = 3) -> float:
-    """Median seconds of `call`, each waited for."""
+    """Median seconds of `call`, with the device synchronised after each."""
     taken = []
     for number in range(warm_up + repeats):
         synchronise(device)
@@ -164,12 +164,12 @@ def synchronise(device: torch.device) -> None:
 
 
 def peak_gib(device: torch.device) -> float | None:
-    """Most memory that tensors have taken since the run was built."""
+    """Peak memory of tensors since the run was built."""
     return torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else None
 
 
 def datasheet(device: torch.device) -> dict[str, float]:
-    """The device's dense TFLOP/s by precision; empty where its name is not known."""
+    """The device's dense TFLOP/s by precision; empty if its name is not known."""
     if device.type != "cuda":
         return {}
     name = torch.cuda.get_device_name(device)

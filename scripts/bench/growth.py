@@ -1,6 +1,6 @@
 """How cost grows with images, size, members and ranks: fitted exponents, and a picture of them, growth.png.
 
-Cost is taken as a constant times x to the power of an exponent, which a line through the logarithms gives: 1 is linear.
+Cost is modelled as a constant times x to some exponent, fitted by a line through the logarithms; 1 is linear.
 """
 
 import subprocess
@@ -30,13 +30,13 @@ from stas.training.transforms import prepare
 from stas.vote import vote
 
 CHANGES = ("data.split.kind=fraction",)
-# Runs a command and prints its processor seconds and peak in KiB. The kernel counts into the peak what a process was
-# forked from, so that must be small.
+# Runs a command and prints its processor seconds and peak in KiB. The kernel counts the parent of a fork into the peak,
+# so the parent must be small.
 MEASURED = (
     "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); "
     "used = resource.getrusage(resource.RUSAGE_CHILDREN); print(used.ru_utime + used.ru_stime, used.ru_maxrss)"
 )
-Curve = dict[int, float]  # what it costs, by what grows
+Curve = dict[int, float]  # cost by size
 
 
 def measure(site: Site) -> Iterator[Row]:
@@ -49,8 +49,8 @@ def measure(site: Site) -> Iterator[Row]:
 
 
 def exponent(curve: Mapping[int, float]) -> float:
-    """The slope of the line that fits best through the logarithms."""
-    costs = np.maximum(list(curve.values()), 1e-9)  # a difference of two times may come out below 0
+    """The slope of the best-fitting line through the logarithms."""
+    costs = np.maximum(list(curve.values()), 1e-9)  # a difference of two times may be below 0
     return float(np.polyfit(np.log(list(curve)), np.log(costs), 1)[0])
 
 
@@ -85,7 +85,7 @@ def _images(site: Site, panels: dict[str, dict[str, Curve]]) -> Iterator[Row]:
 
 
 def _run_preprocess(root: Path, size: int) -> tuple[float, float]:
-    """Processor seconds and peak resident set in MiB of one process; wall time would show other work's as well."""
+    """Processor seconds and peak resident set in MiB of one process; wall time would include other work."""
     command = [sys.executable, "-m", "stas", "preprocess", "--images", root / "images"]
     command += ["--annotations", root / "annotations", "--workspace", root, "--workers", "1"]
     command += ["--set", f"data.size={size}", "--set", "data.split.kind=fraction"]
@@ -125,7 +125,7 @@ def _store_sample(task: Task) -> Callable[[], object]:
 
 
 def _read_batch(store: Store, recipe: Recipe) -> Callable[[], object]:
-    """The one batch of an epoch of few samples, read and made ready for the network on the CPU."""
+    """The only batch of a short epoch, read and prepared for the network on the CPU."""
     samples, device = range(len(store)), torch.device("cpu")
     pixels = SampleCache(store, samples, device)
 
@@ -137,7 +137,7 @@ def _read_batch(store: Store, recipe: Recipe) -> Callable[[], object]:
 
 
 def _members(site: Site, panels: dict[str, dict[str, Curve]]) -> Iterator[Row]:
-    """A vote of 3 members and more, all on the same images."""
+    """A vote of 3 or more members, all on the same images."""
     counts = (3, 5) if site.quick else (3, 5, 7, 9, 11, 13, 15)
     members = []
     for number in range(max(counts)):
@@ -156,7 +156,7 @@ def _members(site: Site, panels: dict[str, dict[str, Curve]]) -> Iterator[Row]:
 
 
 def _ranks(site: Site, panels: dict[str, dict[str, Curve]]) -> Iterator[Row]:
-    """An epoch of a tiny network with the same global batch, over gloo, one thread a rank."""
+    """An epoch of a tiny network with the same global batch, over gloo, one thread per rank."""
     size, samples = (64, 8) if site.quick else (800, 64)
     recipe = load_recipe("efficientnet_b6_ns", [f"data.size={size}", *CHANGES, "train.batch=8"])
     root = site.scratch / "growth" / "ranks"
@@ -196,6 +196,6 @@ def _draw(panels: Mapping[str, Mapping[str, Mapping[int, float]]], path: Path) -
 
 
 def _short(value: int) -> str:
-    """SampleCache of a square by its side, other numbers as they are."""
+    """The pixels of a square by its side, other numbers as they are."""
     side = round(value**0.5)
     return f"{side}²" if value > 1000 and side * side == value and value not in (10_000,) else f"{value:,}"

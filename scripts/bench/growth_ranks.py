@@ -23,7 +23,7 @@ from stas.training.transforms import prepare
 
 
 def epoch_seconds(store: Path, recipe: Recipe, samples: int, ranks: int) -> float:
-    """Seconds that `ranks` new processes take for an epoch: the median of three, after another that does not count."""
+    """Seconds that `ranks` new processes take for an epoch: the median of three, after a warm-up."""
     context = multiprocessing.get_context("spawn")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

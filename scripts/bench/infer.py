@@ -1,4 +1,4 @@
-"""How well inference overlaps reading, the network and writing: the slowest of them alone against the whole."""
+"""How well inference overlaps reading, the network and writing: the slowest alone compared with the whole."""
 
 import shutil
 from collections.abc import Iterator
@@ -61,7 +61,7 @@ def measure(site: Site) -> Iterator[Row]:
         stage.infer(RUN, images, workspace)
 
     stages = {"read, decode, resize": read, "network, resize back": forward, "encode, write": write}
-    with one_thread():  # or the network takes the cores of the stages beside it, which a GPU leaves alone
+    with one_thread():  # else the network takes the cores of the other stages, unlike on a GPU
         seconds = interleaved({**stages, "infer": whole}, min(3, site.repeats))
     slowest = max(stages, key=lambda name: seconds[name])
     size = " x ".join(map(str, recipe.data.size))

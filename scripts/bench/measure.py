@@ -1,4 +1,4 @@
-"""Timing: what is compared runs in turn, round after round, and the medians make one row of the table."""
+"""Timing: the things compared run in turn, round after round, and their medians make one row of the table."""
 
 import os
 import platform
@@ -15,15 +15,15 @@ from stas.system.resources import GIB, cores
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a ratio (or seconds) and what it should be."""
+    """One line of the table: a ratio (or seconds) and its target."""
 
     what: str
     value: float
     target: float
     at_least: bool = True  # or at most
     unit: str = "x"  # x: a ratio within this run; s: seconds
-    detail: Mapping[str, float] = field(default_factory=dict)  # what was measured, by name with its unit
-    note: str = ""  # how the limit was made up, or why the target is missed
+    detail: Mapping[str, float] = field(default_factory=dict)  # measurements by name, with unit
+    note: str = ""  # how the limit is composed, or why the target is missed
 
     @property
     def reached(self) -> bool:
@@ -43,7 +43,7 @@ class Row:
 
 
 def interleaved(timed: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, called in turn `repeats` times after one round that does not count."""
+    """Median seconds of each, called in turn `repeats` times after a warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     for round_ in range(repeats + 1):
         for name, call in timed.items():
@@ -55,7 +55,7 @@ def interleaved(timed: Mapping[str, Callable[[], object]], repeats: int) -> dict
 
 
 def named_seconds(seconds: Mapping[str, float]) -> dict[str, float]:
-    """For a row's detail."""
+    """Label seconds for a row's detail."""
     return {f"{name}, s": value for name, value in seconds.items()}
 
 
@@ -73,8 +73,8 @@ def one_thread() -> Iterator[None]:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on."""
-    import torch  # not above: each worker process of preprocess imports the main module and so this one
+    """The machine and the versions that the figures depend on."""
+    import torch  # not at the top: each worker process of preprocess imports the main module, and so this one
 
     names = ("adabelief-pytorch", "isal", "lmdb", "monai", "numpy", "pillow")
     names += ("segmentation-models-pytorch", "timm", "torch")

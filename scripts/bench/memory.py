@@ -1,4 +1,4 @@
-"""How much memory the samples take on a node: four ranks that read one store, and four that each cache what they read.
+"""How much memory the samples take on a node: four ranks that read one store, and four that each cache the samples.
 
 A page that several processes map is counted once: a process's proportional set size (PSS, of the kernel's
 /proc/PID/smaps_rollup) has each of its pages divided by the number of processes that map it.
@@ -51,7 +51,7 @@ def measure(site: Site) -> Iterator[Row]:
 
 
 def read_store(directory: Path) -> Callable[[], object]:
-    """Open a store; what is returned reads every sample and keeps none, as training does."""
+    """Open a store; the returned function reads every sample and keeps none, as training does."""
     store = Store(directory)
 
     def read() -> int:
@@ -62,8 +62,8 @@ def read_store(directory: Path) -> Callable[[], object]:
 
 
 def fill_cache(source: tuple[Files, int]) -> Callable[[], object]:
-    """Load the rival; what is returned caches every sample."""
-    from scripts.bench.rivals import competent_loader  # here, because the store's readers need none of its libraries
+    """Load the rival; the returned function caches every sample."""
+    from scripts.bench.rivals import competent_loader  # not needed by the store's readers
 
     (images, masks), size = source
     competent_loader(images[:1], masks[:1], size, 1)
@@ -71,8 +71,8 @@ def fill_cache(source: tuple[Files, int]) -> Callable[[], object]:
 
 
 def _grown(ranks: int, prepare: Prepare, source: object) -> list[int]:
-    """Bytes that each of `ranks` new processes has more, all of them at once, when it has read everything."""
-    context = multiprocessing.get_context("spawn")  # as torchrun's, they share nothing but files
+    """Bytes by which each of `ranks` simultaneous new processes has grown after reading everything."""
+    context = multiprocessing.get_context("spawn")  # like torchrun's processes, they share only files
     barrier, results = context.Barrier(ranks), context.Queue()
     processes = [context.Process(target=_rank, args=(prepare, source, barrier, results)) for _ in range(ranks)]
     for process in processes:
@@ -91,6 +91,6 @@ def _rank(prepare: Prepare, source: object, barrier: Barrier, results: "Queue[in
     kept = read()
     barrier.wait()
     after = psutil.Process().memory_full_info().pss
-    barrier.wait()  # nobody ends, and with it its share of the pages, while others still count
+    barrier.wait()  # a process that exits gives up its share of the pages, so wait until all have counted
     del kept
     results.put(after - before)

@@ -1,10 +1,10 @@
-"""The rival nnU-Net v2: prints how many samples a second its own loader makes.
+"""The rival nnU-Net v2: print how many samples per second its own loader makes.
 
     NNUNET_PYTHON nnunet.py IMAGES MASKS SCRATCH SIDE BATCH BATCHES
 
-Run by a Python that has nnunetv2, which needs other versions than `stas`, so it imports nothing of it. nnU-Net plans
-and prepares the images as its documentation says; then the plan's patch and batch are made those of the recipe. Each
-sample is a crop with nnU-Net's own changes, made in as many processes as there are cores.
+Run it with a Python that has nnunetv2, which needs other versions than `stas`, so it imports nothing from `stas`.
+nnU-Net plans and prepares the images as its documentation says; then the plan's patch and batch are set to the
+recipe's. Each sample is a crop with nnU-Net's own augmentation, made in as many processes as there are cores.
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-CACHED = 8  # batches: more than its processes keep ready
+CACHED = 8  # batches; more than its processes keep ready
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def _write_dataset(images: Path, masks: Path, dataset: Path) -> None:
 
 
 def _plan(plans: Path, side: int, batch: int) -> None:
-    # Only now, because it looks at the environment when it is imported.
+    # Imported late, because it reads the environment on import.
     from nnunetv2.experiment_planning.plan_and_preprocess_api import (  # pyright: ignore[reportMissingImports]
         extract_fingerprints,
         plan_experiments,

@@ -1,4 +1,4 @@
-"""A step of AdaBelief over lists of tensors, against adabelief-pytorch's loop over each."""
+"""AdaBelief's step over lists of tensors, compared with adabelief-pytorch's loop over each tensor."""
 
 from collections.abc import Iterator, Sequence
 
@@ -12,8 +12,8 @@ from scripts.bench.measure import Row, interleaved, one_thread
 from scripts.bench.site import Site
 from stas.training.adabelief import AdaBelief
 
-SMALL = [(64 * (1 + index % 16),) for index in range(600)]  # where a step is nothing but calls
-STEPS = 10  # of an optimiser at a time, in a few ms each
+SMALL = [(64 * (1 + index % 16),) for index in range(600)]  # here a step is nothing but call overhead
+STEPS = 10  # timed together, at a few ms each
 
 
 def measure(site: Site) -> Iterator[Row]:
@@ -33,7 +33,7 @@ def _row(what: str, shapes: Sequence[Sequence[int]], target: float, site: Site) 
         for _ in range(STEPS):
             optimizer.step()
 
-    with one_thread():  # the calls are what is timed, and the threads of small tensors wait for each other
+    with one_thread():  # time the calls: with small tensors, threads mostly wait for each other
         seconds = interleaved({"ours": lambda: steps(one), "theirs": lambda: steps(other)}, site.repeats)
     same = all(torch.equal(mine, its) for mine, its in zip(ours, theirs, strict=True))
     detail = {f"{name} ms": 1e3 * value / STEPS for name, value in seconds.items()}

@@ -1,6 +1,6 @@
-"""Reading and writing masks the fastest decent way: the limit that the stages on masks are held against.
+"""The fastest reasonable ways to read and write masks: the limit that stages on masks are compared with.
 
-Pillow at the best of its settings, or OpenCV where it is installed, which `stas` does not need.
+Pillow at its best settings or, if installed, OpenCV, which `stas` does not need.
 """
 
 import importlib
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def fastest_decoder(file: Path) -> tuple[str, Callable[[bytes], Mask]]:
-    """The faster library on this file, and its decoding of a PNG's bytes."""
+    """The faster library on this file, and its function that decodes a PNG's bytes."""
     ways: dict[str, Callable[[bytes], Mask]] = {"Pillow": lambda data: np.asarray(Image.open(io.BytesIO(data)))}
     if cv2 := _opencv():
         ways["OpenCV"] = lambda data: cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
@@ -31,7 +31,7 @@ def fastest_decoder(file: Path) -> tuple[str, Callable[[bytes], Mask]]:
 
 
 def fastest_encoder(mask: Mask) -> tuple[str, Callable[[Mask], bytes]]:
-    """The fastest library and setting on this mask, and its encoding as 8-bit grey PNG."""
+    """The fastest library and setting on this mask, and its function that encodes an 8-bit grey PNG."""
 
     def pillow(**options: int) -> Callable[[Mask], bytes]:
         def encode(mask: Mask) -> bytes:
@@ -55,7 +55,7 @@ def fastest_encoder(mask: Mask) -> tuple[str, Callable[[Mask], bytes]]:
 
 
 def fastest_resize(image: NDArray[np.uint8], size: tuple[int, int]) -> tuple[str, Callable[[NDArray[np.uint8]], Any]]:
-    """The fastest that averages areas, to (height, width) `size`: some libraries' own kind, and MONAI's as stored."""
+    """The fastest way to average areas to (height, width) `size`: libraries' own, and MONAI's as the store does."""
     ways: dict[str, Callable[[NDArray[np.uint8]], Any]] = {
         "Pillow's box filter": lambda image: Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BOX),
         "torch's average pooling": lambda image: adaptive_avg_pool2d(torch.tensor(image).permute(2, 0, 1) / 1, size),

@@ -1,4 +1,4 @@
-"""How fast a store is made: against what decoding, drawing and resizing must cost, and two processes against one."""
+"""How fast a store is made, compared with its decoding, drawing and resizing alone, and two processes against one."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The results as a page: docs/benchmarks.md is made by this, and nobody edits it."""
+"""Turn the results into a page, docs/benchmarks.md, which is never edited by hand."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ Made by `make bench OUT=docs`, on {date}; `docs/benchmarks.json` has the same fi
 
 - Machine: {processor}, {cores} cores, {memory_gib} GiB, GPUs: {gpus}; {system}, Python {python}.
 - Versions: {versions}.
-- Ratios of times are of things timed in turn in the same run: medians of interleaved repeats, after one that does not
-  count. So the ratios of another machine can be compared with these. Memory, seconds to start and exponents of growth
-  are measured as their notes say.
+- Ratios of times compare things timed in turn in the same run: medians of interleaved repeats, after a warm-up. So the
+  ratios of another machine can be compared with these. Memory, seconds to start and exponents of growth are measured as
+  their notes say.
 - Images are made by `scripts/make_sample.py`, at the size of the contest's, 1716 x 942. Rivals are written as their
-  users would write them, in `scripts/bench/rivals.py`: the contest's notebooks, and what MONAI's documentation advises;
-  and nnU-Net v2's loader, where NNUNET_PYTHON names a Python that has nnunetv2.
+  users would write them, in `scripts/bench/rivals.py`: the contest's notebooks, what MONAI's documentation recommends,
+  and nnU-Net v2's loader, if NNUNET_PYTHON names a Python with nnunetv2.
 
 | what | result | target | reached | measured |
 |---|---|---|---|---|
@@ -21,11 +21,11 @@ Made by `make bench OUT=docs`, on {date}; `docs/benchmarks.json` has the same fi
 MISSED = """
 ## Targets that are missed, and why
 
-- preprocess: of 28 ms an image on one core, reading the JPEG takes 9, the exact area averages 7 (Pillow's box filter,
-  which is in the limit, 6), the mask's 1.5, the hash of what is stored 2, reading, hashing and drawing the annotation
-  2, LMDB and the disk 2; the limit has neither hashes nor a file to write.
+- preprocess: of 28 ms per image on one core, reading the JPEG takes 9, the exact area averages 7 (Pillow's box filter,
+  which is in the limit, 6), the mask's 1.5, hashing the stored data 2, reading, hashing and drawing the annotation 2,
+  LMDB and the disk 2; the limit neither hashes nor writes a file.
 - vote in two threads: an image takes 14 % more processor time than in one, and both threads wait a tenth of the time
-  for the interpreter's lock, which some 60 short calls an image give up and take again.
+  for the interpreter's lock, which some 60 short calls per image release and take again.
 """
 GROWTH = """
 ## How cost grows
@@ -35,7 +35,7 @@ GROWTH = """
 
 
 def markdown(content: dict[str, Any]) -> str:
-    """The page of what the benchmarks wrote as JSON."""
+    """The page for the JSON that the benchmarks wrote."""
     metadata = content["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in metadata["versions"].items())
     gpus = ", ".join(metadata["gpus"]) or "none"

@@ -1,11 +1,11 @@
-"""What people run today: two ways to train the same network on the same files, written from public documentation.
+"""Common practice: two ways to train the same network on the same files, written from public documentation.
 
-`original`: as the contest's notebooks did: MONAI's transforms from JPEG anew in every epoch, torch's DataLoader without
-workers, DataParallel, fp32. `competent`: what MONAI's documentation advises: CacheDataset keeps what comes before the
-random transform, ThreadDataLoader, DDP, bf16. Both take adabelief-pytorch's AdaBelief and MONAI's DiceLoss.
+`original`: like the contest's notebooks: MONAI's transforms from JPEG every epoch, torch's DataLoader without workers,
+DataParallel, fp32. `competent`: what MONAI's documentation recommends: CacheDataset keeps the result up to the random
+transform, ThreadDataLoader, DDP, bf16. Both use adabelief-pytorch's AdaBelief and MONAI's DiceLoss.
 
-nnU-Net v2 is the third, for its loader only (nnunet.py): its loop trains a network of its own. It needs an older timm,
-so it has an environment of its own, whose Python NNUNET_PYTHON names; without that, its row is left out.
+nnU-Net v2 is the third, for its loader only (nnunet.py), because its loop trains its own network. It needs an older
+timm, so it has its own environment, whose Python NNUNET_PYTHON names. If that is not set, its row is left out.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ def mask_files(annotations: Path, out: Path) -> list[Path]:
 
 
 def original_loader(images: Sequence[Path], masks: Sequence[Path], size: int, batch: int) -> Loader:
-    """Decode, scale, resize and rotate every sample anew, in the training process.
+    """Decode, scale, resize and rotate every sample each time, in the training process.
 
     Args:
         images: JPEGs.
@@ -71,9 +71,9 @@ def original_loader(images: Sequence[Path], masks: Sequence[Path], size: int, ba
 
 
 def competent_loader(images: Sequence[Path], masks: Sequence[Path], size: int, batch: int) -> Loader:
-    """The same, but all that comes before the rotation is done once and kept in memory, as float32.
+    """The same, but everything before the rotation is done once and kept in memory, as float32.
 
-    Where ranks are joined, each takes its share of the samples and `batch` is per rank.
+    If ranks are joined, each takes its share of the samples, and `batch` is per rank.
     """
     set_track_meta(True)
     steps = [*_until_random(size), EnsureTyped(KEYS, track_meta=False), RandRotate90d(KEYS, prob=0.3)]
@@ -103,10 +103,9 @@ def nnunet_rate(images: Path, masks: Path, scratch: Path, size: int, batch: int,
 
 
 def batches(loader: Loader) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches without end.
+    """Endless batches.
 
-    MONAI keeps affine matrices unless a switch of the whole process says no. The original way leaves it on and cannot
-    load without.
+    MONAI keeps affine matrices unless a process-wide switch is off. The original leaves it on, and cannot load without.
     """
     metadata = not isinstance(loader, ThreadDataLoader)
     while True:
@@ -120,13 +119,13 @@ def batches(loader: Loader) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def original_network(encoder: str, device: torch.device) -> nn.Module:
-    """DeepLabV3Plus with random weights, in a DataParallel where there are GPUs."""
+    """DeepLabV3Plus with random weights, in a DataParallel if there are GPUs."""
     network = _network(encoder).to(device)
     return nn.DataParallel(network) if device.type == "cuda" else network
 
 
 def competent_network(encoder: str, device: torch.device) -> nn.Module:
-    """DeepLabV3Plus with random weights, in DDP where ranks are joined."""
+    """DeepLabV3Plus with random weights, in DDP if ranks are joined."""
     network = _network(encoder).to(device)
     if not distributed.is_initialized():
         return network
@@ -134,7 +133,7 @@ def competent_network(encoder: str, device: torch.device) -> nn.Module:
 
 
 def adabelief(parameters: Iterable[nn.Parameter]) -> Optimizer:
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its settings whatever it is told
+    with contextlib.redirect_stdout(io.StringIO()):  # it always prints its settings
         return AdaBelief(
             parameters,
             lr=1e-4,
@@ -178,7 +177,7 @@ def _entries(images: Sequence[Path], masks: Sequence[Path]) -> list[dict[str, st
 
 
 def _until_random(size: int) -> list[Any]:
-    """What both do before the random rotation; Resized works in its default mode, 'area'."""
+    """The steps of both before the random rotation; Resized works in its default mode, 'area'."""
     return [LoadImaged(KEYS), EnsureChannelFirstd(KEYS), ScaleIntensityd(KEYS), Resized(KEYS, (size, size))]
 
 

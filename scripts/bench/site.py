@@ -1,4 +1,4 @@
-"""What the benchmarks work on: made images of the contest's size, their annotations, and three members' masks."""
+"""The benchmarks' inputs: made images of the contest's size, their annotations, and three members' masks."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,19 +13,19 @@ from stas.paths import Workspace, mask_file
 from stas.preprocess import preprocess
 
 SCALE = 2.0  # 1716 x 942 pixels, the contest's size, in five of eight images
-OFF_BY = (0, 12, -12)  # pixels that each member's mask is moved by: members that agree mostly
+OFF_BY = (0, 12, -12)  # pixels by which each member's mask is shifted, so that members mostly agree
 
 
 @dataclass(frozen=True)
 class Site:
-    """A directory that a benchmark may fill, and the files it reads."""
+    """A benchmark's scratch directory, and the files it reads."""
 
     scratch: Path
-    out: Path  # of what shall stay
-    images: Path  # JPEGs, 942 x 1716
+    out: Path  # for results
+    images: Path  # JPEGs, 1716 x 942 (width x height)
     annotations: Path  # LabelMe JSON of the same stems
     members: list[Path]  # three directories of mask PNGs of the same stems, at the images' size
-    quick: bool  # few and small, to see that all of it works; the figures mean nothing then
+    quick: bool  # few and small, to see that everything works; the figures then mean nothing
 
     @property
     def stems(self) -> list[str]:
@@ -37,7 +37,7 @@ class Site:
 
 
 def make_site(scratch: Path, out: Path, quick: bool = False) -> Site:
-    """Make the files under `scratch`: 16 images, or 3 small ones where `quick`."""
+    """Make the files under `scratch`: 16 images, or 3 small ones if `quick`."""
     made = scratch / "made"
     make_sample(made, 4 if quick else 25, seed=0, scale=0.5 if quick else SCALE)
     site = Site(
@@ -52,7 +52,7 @@ def make_site(scratch: Path, out: Path, quick: bool = False) -> Site:
         path = site.annotations / f"{stem}.json"
         annotation = read_labelme(path)
         assert annotation.size
-        if annotation.size[1] != 2 * 429 * (0.5 if quick else SCALE):  # the few of another shape
+        if annotation.size[1] != 2 * 429 * (0.5 if quick else SCALE):  # the few with another shape
             (site.images / f"{stem}.jpg").unlink()
             path.unlink()
             continue
@@ -70,7 +70,7 @@ def make_store(site: Site, root: Path, recipe: Recipe, count: int) -> Workspace:
 
 
 def multiplied(directory: Path, target: Path, count: int) -> Path:
-    """`count` files in `target`, hard links to those of `directory` in turn, each under a name of its own."""
+    """`count` files in `target`, hard links to those of `directory` in turn, each under its own name."""
     files = sorted(path for path in directory.iterdir() if path.name != "manifest.json")
     target.mkdir(parents=True)
     for index in range(count):

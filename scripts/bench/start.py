@@ -1,6 +1,6 @@
-"""How long a user waits: for `stas --help`, and for the first training step of the three large encoders.
+"""How long a user waits for `stas --help`, and for the first training step of the three large encoders.
 
-python -m scripts.bench.start RECIPE WORKSPACE RUN SETTING ...    what the measurement starts: train, up to there
+python -m scripts.bench.start RECIPE WORKSPACE RUN SETTING ...    train up to that step, as the measurement does
 """
 
 import os
@@ -29,7 +29,7 @@ def measure(site: Site) -> Iterator[Row]:
     yield _help(site)
     names = ("lite0",) if site.quick else LARGE
     changes = [
-        "model.weights=null",  # as a run that goes on; reading a file of them takes a second or two more
+        "model.weights=null",  # as in a resumed run; reading a file of weights takes a second or two more
         "data.split.kind=fraction",
         f"data.size={64 if site.quick else 800}",
         *(["train.batch=2"] if site.quick else []),
@@ -42,7 +42,7 @@ def measure(site: Site) -> Iterator[Row]:
 
 
 def _help(site: Site) -> Row:
-    """`stas --help` in a new process, and an empty program to compare."""
+    """`stas --help` in a new process, and an empty program for comparison."""
     empty = (sys.executable, "-c", "pass")
     seconds = interleaved({"help": lambda: _silent(HELP), "python": lambda: _silent(empty)}, 2 * site.repeats)
     return Row(
@@ -83,7 +83,7 @@ def _first_step(site: Site, name: str, workspace: Path, changes: list[str]) -> R
 
 
 def main() -> None:
-    """Train as `stas train` does, up to the first forward pass, and end there."""
+    """Train as `stas train` does, and exit at the first forward pass."""
     name, workspace, run, *changes = sys.argv[1:]
 
     def stop(_: nn.Module, inputs: tuple[object, ...]) -> None:

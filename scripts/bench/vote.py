@@ -1,4 +1,4 @@
-"""How fast three members vote: against what reading and writing the masks must cost, and the original's cell."""
+"""How fast three members vote, compared with reading and writing masks alone, and with the original's cell."""
 
 import shutil
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
-"""Scores of masks, all of them functions of three counts of pixels.
+"""Scores of masks, all computed from three pixel counts.
 
-Counts are [true positives, false positives, false negatives] along the last axis of an integer array. Where truth
-and prediction are both empty, every score is 1: the prediction is right. Otherwise a score without a
-denominator (precision of an empty prediction, recall of an empty truth) is 0: everything there is to say was wrong.
+Counts are [true positives, false positives, false negatives] along the last axis of an integer array. If truth
+and prediction are both empty, every score is 1: the prediction is right. Otherwise a score with a zero
+denominator (precision of an empty prediction, recall of an empty truth) is 0: the prediction is all wrong.
 """
 
 from collections.abc import Callable
@@ -54,12 +54,12 @@ def recall(counts: ArrayLike) -> Scores:
 
 
 def mean_dice(counts: ArrayLike) -> Scores:
-    """Mean of the images' Dice, of counts (..., images, 3), as (...): every image weighs the same."""
+    """Mean of the images' Dice, of counts (..., images, 3), as (...): every image has the same weight."""
     return dice(counts).mean(axis=-1)
 
 
 def pooled_dice(counts: ArrayLike) -> Scores:
-    """Dice of all images' pixels together, of counts (..., images, 3), as (...): every pixel weighs the same."""
+    """Dice of all images' pixels together, of counts (..., images, 3), as (...): every pixel has the same weight."""
     return dice(np.asarray(counts).sum(axis=-2))
 
 
@@ -73,20 +73,20 @@ def bootstrap_interval(
     """Percentile bootstrap interval over images.
 
     Args:
-        statistic: maps what was drawn, (resamples, images, ...), to (resamples,), such as `pooled_dice` of counts.
+        statistic: maps drawn values, (resamples, images, ...), to (resamples,), such as `pooled_dice` of counts.
         values: (images, ...), such as each image's Dice, which is quicker than its counts; at least one image.
         seed: of the resampling; the same seed gives the same interval.
-        resamples: how often as many images as there are are drawn, with replacement.
+        resamples: how many times to draw as many images as there are, with replacement.
         level: share of the resampled values inside the interval.
 
     Returns:
-        Lower and upper end.
+        Lower and upper bound.
     """
     values = np.asarray(values)
     images = len(values)
     assert images > 0, "no image to draw from"
     random = np.random.default_rng(seed)
-    chunk = max(1, 1_000_000 // images)  # resamples at once: 24 MB of counts, however many images
+    chunk = max(1, 1_000_000 // images)  # bounds memory to 24 MB of counts, however many images
     found = [
         statistic(values[random.integers(images, size=(min(chunk, resamples - done), images))])
         for done in range(0, resamples, chunk)

@@ -1,9 +1,9 @@
-"""Sets of predictions on disk: one mask per image, and what several sets must have in common.
+"""Prediction sets on disk: one mask per image, and checks that several sets belong together.
 
-A set made here has 0/255 masks and a manifest, which says
-    "label": the label that is foreground, "images": {stem: {"height": int, "width": int}}
-beside what every manifest does (see stas/system/publish.py). Sets of other makers need neither: any directory of mask
-PNGs is one.
+A set made by `stas` has 0/255 masks and a manifest with
+    "label": the label of the foreground, "images": {stem: {"height": int, "width": int}}
+in addition to the keys of every manifest (see stas/system/publish.py). Sets from elsewhere need neither: any directory
+of mask PNGs is one.
 """
 
 import hashlib
@@ -26,13 +26,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Member:
-    """One set of predictions.
+    """One prediction set.
 
     Attributes:
-        name: its directory's name, with as many parents as make it unique among the members.
-        directory: where it lies.
+        name: its directory's name, with enough parents to be unique among the members.
+        directory: where it is.
         images: its mask files by stem, sorted.
-        label: the label that its masks outline, where its manifest says so.
+        label: the label that its masks outline, if its manifest names one.
     """
 
     name: str
@@ -43,12 +43,12 @@ class Member:
 
 @dataclass(frozen=True)
 class Members:
-    """Sets of predictions of the same images.
+    """Prediction sets of the same images.
 
     Attributes:
         members: in the order given.
         sizes: (height, width) in pixels by stem, sorted; the same in every member.
-        label: the label that their masks outline; None where no member's manifest says so.
+        label: the label that their masks outline; None if no member's manifest names one.
     """
 
     members: list[Member]
@@ -65,11 +65,12 @@ class Members:
 
 
 def list_members(directories: Sequence[Path]) -> Members:
-    """List sets of predictions and check that they belong together.
+    """List prediction sets and check that they belong together.
 
     Raises:
         UsageError: one directory given twice.
-        InputDataError: no directory or no PNG in it; labels, stems or sizes differ; names the members and cases.
+        InputDataError: a directory is missing or has no PNG, or labels, stems or sizes differ; names the members and
+            cases.
     """
     names = _unique_names(directories)
     missing = [
@@ -87,16 +88,16 @@ def list_members(directories: Sequence[Path]) -> Members:
     first, *others = members
     problems = [problem for other in others if (problem := _stem_difference(first, other))]
     if problems:
-        raise InputDataError("the members hold different cases:\n  " + "\n  ".join(problems))
+        raise InputDataError("the members have different cases:\n  " + "\n  ".join(problems))
     return Members(members, _common_sizes(members), _common_label(members))
 
 
 def log_graded(name: str, graded: int, total: int) -> None:
-    """Say once for a member that `graded` of its `total` masks were cut at above 0."""
+    """Log, once per member, that `graded` of its `total` masks were thresholded at above 0."""
     if graded:
         log.info(
             "%s: %d of %d masks have values other than 0 and 255; every value above 0 was taken as foreground "
-            "(--threshold sets another rule)",
+            "(--threshold changes this)",
             name,
             graded,
             total,
@@ -104,15 +105,15 @@ def log_graded(name: str, graded: int, total: int) -> None:
 
 
 def digest(files: Iterable[Path]) -> str:
-    """One SHA-256 for many files: of the lines '<name> <sha256 of the file>' in the given order."""
+    """One SHA-256 of many files: of the lines '<name> <sha256 of the file>' in the given order."""
     lines = "".join(f"{path.name} {sha256(path, MAX_IMAGE_BYTES)}\n" for path in files)
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def pixel_digest(masks: Sequence[Path], workers: int | None = None) -> str:
-    """One SHA-256 for many masks, of their names, sizes and pixels in the given order.
+    """One SHA-256 of many masks: of their names, sizes and pixels in the given order.
 
-    Files of the same pixels have the same, whoever packed them: ISA-L's bytes depend on the kind of processor.
+    It does not depend on how the files were compressed: ISA-L's bytes differ by kind of processor.
 
     Raises:
         InputDataError: a mask cannot be read.
@@ -126,7 +127,7 @@ def _pixel_sha256(path: Path) -> str:
     values = read_grey(path)
     top = None if is_graded(values) else values.max(initial=0)
     hashed = hashlib.sha256(f"{values.shape} {values.dtype} {top}\n".encode())
-    # Eight pixels a byte where there are two values only: hashing is most of the time otherwise.
+    # Two values fit eight pixels in a byte: otherwise hashing takes most of the time.
     hashed.update((np.ascontiguousarray(values) if top is None else np.packbits(values)).data)
     return hashed.hexdigest()
 
@@ -145,7 +146,7 @@ def _unique_names(directories: Sequence[Path]) -> list[str]:
 
 
 def _label(directory: Path) -> str | None:
-    """The label in a set's manifest; None for a set of another maker."""
+    """The label in a set's manifest; None for a set from elsewhere."""
     if not paths.manifest_file(directory).is_file():
         return None
     try:
@@ -159,19 +160,19 @@ def _common_label(members: Sequence[Member]) -> str | None:
     labels = {member.label: member.name for member in members if member.label is not None}
     if len(labels) > 1:
         listed = ", ".join(f"{label} in {name}" for label, name in labels.items())
-        raise InputDataError(f"the members' masks outline different labels: {listed}: give members of one label")
+        raise InputDataError(f"the members' masks outline different labels: {listed}: give members of the same label")
     return next(iter(labels), None)
 
 
 def _stem_difference(first: Member, other: Member) -> str | None:
-    """What `other` lacks or has besides, compared with `first`; None where there is nothing."""
+    """How the stems of `other` differ from those of `first`; None if they do not."""
     lacking = sorted(first.images.keys() - other.images.keys())
-    besides = sorted(other.images.keys() - first.images.keys())
+    extra = sorted(other.images.keys() - first.images.keys())
     parts = []
     if lacking:
         parts.append(f"lacks {len(lacking)} ({named(lacking)})")
-    if besides:
-        parts.append(f"has {len(besides)} besides ({named(besides)})")
+    if extra:
+        parts.append(f"has {len(extra)} extra ({named(extra)})")
     return f"{other.name}, compared with {first.name}, {' and '.join(parts)}" if parts else None
 
 
@@ -186,10 +187,10 @@ def _common_sizes(members: Sequence[Member]) -> dict[str, tuple[int, int]]:
     if problems:
         more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise InputDataError(
-            "the members' masks differ in size (height x width):\n  " + "\n  ".join(problems[:SHOWN]) + more
+            "the members' masks differ in size (width x height):\n  " + "\n  ".join(problems[:SHOWN]) + more
         )
     return sizes
 
 
 def _size(size: tuple[int, int]) -> str:
-    return f"{size[0]} x {size[1]}"
+    return f"{size[1]} x {size[0]}"

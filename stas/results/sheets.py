@@ -1,8 +1,8 @@
-"""Pictures for the pathologist: one case a sheet, with the outlines of the truth and of every member.
+"""Pictures for the pathologist: one case per sheet, with the outlines of the truth and of every member.
 
-The first row shows the whole image, the second the same enlarged. A prediction is a yellow line over the
-truth's thinner cyan one, so that cyan shows where they differ; both colours are told apart by colour-blind eyes and
-stand out, with their dark edges, from pink, purple and white.
+The first row shows the whole image, the second an enlarged part. A prediction is a yellow line over the truth's
+thinner cyan one, so cyan shows where they differ. Colour-blind viewers can tell the two colours apart, and with their
+dark edges both stand out from pink, purple and white.
 """
 
 import math
@@ -29,7 +29,7 @@ FAINT: Color = (95, 95, 95)
 TISSUE: Color = (205, 150, 190)
 NO_IMAGE: Color = (150, 150, 150)
 
-SCREEN = 1.6  # width by height of the screens the sheets are looked at on
+SCREEN = 1.6  # width / height of a typical screen
 PANEL = 520  # longer side of a panel in pixels
 NARROWEST = 300  # width of a column, so that its title fits above a tall image
 GAP = 14
@@ -49,7 +49,7 @@ class Box(NamedTuple):
 
 
 class Picked(NamedTuple):
-    """A case to be drawn."""
+    """A case to draw."""
 
     group: Group
     number: int  # from 1; worst 1 is the worst of all and best 1 the best
@@ -58,11 +58,11 @@ class Picked(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """What a sheet shows.
+    """The content of a sheet.
 
     Attributes:
         title: the sheet's headline.
-        image: (height, width, 3), uint8, RGB; None draws grey instead.
+        image: (height, width, 3), uint8, RGB; None: draw grey.
         truth: (height, width), bool.
         masks: each member's mask by name, in order, (height, width), bool.
     """
@@ -78,7 +78,7 @@ def pick_cases(scores: Sequence[float], total: int) -> list[Picked]:
 
     Args:
         scores: one per case; equal ones keep their order.
-        total: how many to choose; what three does not divide goes to the worst, then to the best.
+        total: how many to choose; if three does not divide it, the worst get one more, then the best.
     """
     order = [int(index) for index in np.argsort(np.asarray(scores), kind="stable")]
     total = min(total, len(order))
@@ -97,11 +97,11 @@ def pick_cases(scores: Sequence[float], total: int) -> list[Picked]:
 
 
 def draw_sheet(case: Case, wrap: bool = True) -> Image.Image:
-    """Draw one case: the image, the truth and each member, whole and below it enlarged.
+    """Draw one case: the image, the truth and each member, whole and, below that, enlarged.
 
     Args:
         case: what to show.
-        wrap: put the columns into two halves, one below the other, where that makes the sheet more like a screen.
+        wrap: arrange the columns in two rows if that brings the sheet closer to a screen's proportions.
     """
     height, width = case.truth.shape
     image = Image.new("RGB", (width, height), NO_IMAGE) if case.image is None else Image.fromarray(case.image)
@@ -146,15 +146,16 @@ def draw_overview(sheets: Sequence[Image.Image]) -> Image.Image:
 def region_of_interest(truth: Mask, masks: Sequence[Mask]) -> Box | None:
     """The part of the image to enlarge, in the image's own proportions.
 
-    It holds all foreground with a margin where that fits into half of the image's width and height. Otherwise
-    it is the half-size region with most of it, where pixels on which the last mask is wrong count three times.
+    If all foreground with a margin fits into half of the image's width and height, the region holds all of it.
+    Otherwise it is the half-size region with the most foreground, where pixels that the last mask gets wrong count
+    three times.
 
     Args:
         truth: (height, width), bool.
-        masks: the members', of the same shape.
+        masks: the members' masks, of the same shape.
 
     Returns:
-        A region at least an eighth and at most half as wide and high as the image; None where all masks are empty.
+        A region at least an eighth and at most half as wide and high as the image; None if all masks are empty.
     """
     height, width = truth.shape
     union = np.logical_or.reduce([truth, *masks])
@@ -186,7 +187,7 @@ def _busiest(weight: NDArray[np.int64]) -> Box:
 
 
 def _centred(row: float, column: float, tall: int, wide: int, shape: tuple[int, ...]) -> Box:
-    """A box of a size around a point, shifted where it would leave an image of shape (height, width)."""
+    """A box of a given size around a point, shifted to stay inside an image of shape (height, width)."""
     height, width = shape
     tall, wide = max(tall, 1), max(wide, 1)
     top = int(min(max(row - tall / 2, 0), height - tall))
@@ -195,7 +196,7 @@ def _centred(row: float, column: float, tall: int, wide: int, shape: tuple[int, 
 
 
 def _columns(panels: int, column_size: tuple[int, int]) -> int:
-    """All columns beside each other, or half of them: whichever is nearer to a screen's proportions."""
+    """How many columns to put in a row: all or half, whichever comes closer to a screen's proportions."""
     half = math.ceil(panels / 2)
     wide = panels * column_size[0] / column_size[1]
     wrapped = half * column_size[0] / (2 * column_size[1])
@@ -243,7 +244,7 @@ def _outline(panel: Image.Image, mask: Mask, box: Box, color: Color, half_width:
 def _boundary(mask: Mask, box: Box, size: tuple[int, int]) -> Mask:
     """The foreground pixels beside background, after resizing `box` to (width, height).
 
-    What reaches the image's edge is closed there; what is cut off by an enlarged box stays open.
+    An outline is closed at the image's edge, and left open where an enlarged box cuts it.
     """
     whole = (box.bottom - box.top, box.right - box.left) == mask.shape
     shrinks = size[0] < box.right - box.left
@@ -285,7 +286,7 @@ def _caption(panel: Image.Image, text: str) -> None:
 
 
 def _headline(sheet: Image.Image, title: str, marked: bool) -> None:
-    """The sheet's title and, below it, what the lines mean."""
+    """Draw the sheet's title and, below it, the legend."""
     draw = ImageDraw.Draw(sheet)
     large, font = ImageFont.load_default(TEXT + 5), ImageFont.load_default(TEXT)
     draw.text((GAP, GAP + TEXT), _shortened(title, large, sheet.width - 2 * GAP), INK, large, "lm")
@@ -311,7 +312,7 @@ def _panel_title(sheet: Image.Image, at: tuple[int, int], name: str, detail: str
 
 
 def _shortened(text: str, font: "ImageFont.FreeTypeFont | ImageFont.ImageFont", width: int) -> str:
-    """The text with its middle left out until it fits into a width in pixels."""
+    """Shorten a text in its middle until it fits a width in pixels."""
     kept = len(text)
     short = text
     while font.getlength(short) > width and kept > 2:

@@ -26,7 +26,7 @@ def test_list_members_lists_stems_and_sizes(tmp_path):
 
 
 def test_members_with_other_cases_are_refused_by_name(tmp_path):
-    with pytest.raises(InputDataError, match=r"two, compared with one, lacks 1 \(b\) and has 1 besides \(c\)"):
+    with pytest.raises(InputDataError, match=r"two, compared with one, lacks 1 \(b\) and has 1 extra \(c\)"):
         list_members([member(tmp_path / "one", "ab"), member(tmp_path / "two", "ac"), member(tmp_path / "three", "ab")])
 
 
@@ -38,7 +38,7 @@ def test_only_ten_cases_are_named(tmp_path):
 def test_members_of_other_sizes_are_refused_by_case(tmp_path):
     other = member(tmp_path / "two", "a")
     member(other, "b", (5, 4))
-    with pytest.raises(InputDataError, match="b: 2 x 3 in one, 5 x 4 in two"):
+    with pytest.raises(InputDataError, match="b: 3 x 2 in one, 4 x 5 in two"):
         list_members([member(tmp_path / "one"), other])
 
 
