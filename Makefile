@@ -1,7 +1,7 @@
 # `make help` lists the targets.
 PYTHON ?= python3
 VENV := .venv
-COVERAGE ?=  # of `make test`, such as --cov=stas
+COVERAGE ?=  # options for `make test`, such as --cov=stas
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-install: $(VENV)/installed  ## make the environment in .venv
+install: $(VENV)/installed  ## create the environment in .venv
 
 $(VENV)/installed: requirements-dev.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -19,23 +19,23 @@ $(VENV)/installed: requirements-dev.lock pyproject.toml
 	$(VENV)/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
-demo: install  ## train, vote and score on a made sample, or on DATA=DIR with Train_Images and Train_Annotations
+demo: install  ## train, vote and score on a generated sample, or on DATA=DIR with Train_Images and Train_Annotations
 	scripts/demo .demo/$(if $(DATA),data,sample) $(DATA)
 
-test: install  ## run all tests, in random order; both parts, even if the first fails
+test: install  ## run all tests in random order; cluster tests run even if the others fail
 	$(VENV)/bin/pytest -n auto -m "not cluster and not chaos" $(COVERAGE); first=$$?; \
 	$(VENV)/bin/pytest -m cluster -rs && exit $$first
 
 quick: install  ## run the tests that take seconds
 	$(VENV)/bin/pytest -m "not slow and not cluster and not chaos"
 
-chaos: install  ## kill and starve every stage at every file operation; takes long
+chaos: install  ## kill every stage, or fail its disk, at every file operation; takes long
 	$(VENV)/bin/pytest -n auto -m chaos -rs
 
-fuzz: install  ## hostile files for every reader, ten thousand each; takes half an hour
+fuzz: install  ## test every reader with 10,000 hostile files each (EXAMPLES=...); takes half an hour
 	FUZZ_EXAMPLES=$(or $(EXAMPLES),10000) $(VENV)/bin/pytest -n auto -rP tests/test_hostile.py
 
-bench: install  ## measure speed and memory against limits and rivals; results in .bench, or in OUT=DIR
+bench: install  ## measure speed and memory against targets and rivals; results in .bench, or in OUT=DIR
 	$(VENV)/bin/python -m scripts.bench --out $(or $(OUT),.bench)
 
 lint: install  ## check style and format
@@ -50,16 +50,16 @@ type: install  ## check types
 COMPILE := $(VENV)/bin/uv pip compile pyproject.toml --quiet --no-annotate --no-python-downloads \
 	--custom-compile-command "make lock"
 
-# requirements-dev.lock last, with the versions of requirements.lock. The V100 base is one Python on one platform, and
-# --no-config keeps pyproject.toml's own torch out.
-lock: install  ## resolve the dependencies of pyproject.toml anew into the lock files
+# requirements-dev.lock must use the versions of requirements.lock. The V100 base has one Python on one platform, and
+# --no-config ignores the torch that pyproject.toml asks uv for.
+lock: install  ## update the lock files from the dependencies in pyproject.toml
 	$(COMPILE) --universal --python-version 3.10 --upgrade --output-file requirements.lock
 	$(COMPILE) --universal --python-version 3.10 --upgrade --output-file requirements-dev.lock \
 		--extra dev --constraints requirements.lock
 	$(COMPILE) --no-config --python-version 3.12 --python-platform linux --upgrade --output-file docker/v100.lock \
 		--constraints docker/v100.constraints
 
-# Containers, with docker or podman: whichever is there.
+# Containers, with docker or podman, whichever is installed.
 ENGINE ?= $(notdir $(or $(shell command -v docker),$(shell command -v podman),docker))
 IMAGE ?= stas
 BUILD = $(ENGINE) build --file docker/Dockerfile $(BUILD_FLAGS) \
@@ -67,10 +67,10 @@ BUILD = $(ENGINE) build --file docker/Dockerfile $(BUILD_FLAGS) \
 	--build-arg REVISION=$(or $(shell git rev-parse HEAD),unknown) \
 	--build-arg SOURCE=$(or $(shell git config --get remote.origin.url),unknown)
 
-image:  ## build the image `stas` for A100, H100 and newer, or on BASE_IMAGE=...
+image:  ## build the image `stas` for A100, H100 and newer, or from BASE_IMAGE=...
 	$(BUILD) --tag $(IMAGE) $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) $(if $(LOCK),--build-arg LOCK=$(LOCK)) .
 
-image-v100:  ## build `stas:v100`, on the base whose PyTorch still runs on V100
+image-v100:  ## build `stas:v100`, from the base whose PyTorch still supports V100
 	$(BUILD) --tag $(IMAGE):v100 --build-arg LOCK=docker/v100.lock \
 		--build-arg BASE_IMAGE=$(or $(BASE_IMAGE),nvcr.io/nvidia/pytorch:24.12-py3) .
 
@@ -78,7 +78,7 @@ image-cpu:  ## build `stas:cpu`, which needs no GPU
 	$(BUILD) --tag $(IMAGE):cpu --build-arg BASE_IMAGE=$(or $(BASE_IMAGE),docker.io/library/python:3.12-slim-bookworm) \
 		$(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX)) .
 
-# The stages in containers of this machine, with all of its GPUs; docker/run says what else can be set.
+# The stages in containers on this machine, with all its GPUs; see docker/run for more settings.
 WORKSPACE ?= workspace
 ENSEMBLE ?= reference
 MEMBER ?= 0
@@ -87,24 +87,24 @@ STAGE = DATA="$(DATA)" WORKSPACE="$(WORKSPACE)" IMAGE="$(IMAGE)" ENGINE="$(ENGIN
 TRAINING = /data/Train_Images
 TRUTH = /data/Train_Annotations
 
-run-preprocess:  ## DATA=DIR with Train_Images and Train_Annotations to a store in WORKSPACE=DIR
+run-preprocess:  ## build a store in WORKSPACE=DIR from DATA=DIR with Train_Images and Train_Annotations
 	$(STAGE) preprocess --ensemble $(ENSEMBLE) --images $(TRAINING) --annotations $(TRUTH)
 
 run-train:  ## train MEMBER=0, 1, ... of ENSEMBLE=reference
 	$(STAGE) train --ensemble $(ENSEMBLE) --member $(MEMBER)
 
-run-infer:  ## outline the images of PREDICT=Private_Image in DATA, and those held out, by one member
+run-infer:  ## outline the images of PREDICT=Private_Image in DATA, and the held-out images, with one member
 	$(STAGE) infer --ensemble $(ENSEMBLE) --member $(MEMBER) --images /data/$(PREDICT)
 	$(STAGE) infer --ensemble $(ENSEMBLE) --member $(MEMBER) --images $(TRAINING) --held-out --checkpoint last
 
-run-vote:  ## all members' masks to one vote
+run-vote:  ## vote on the masks of all members
 	$(STAGE) vote --ensemble $(ENSEMBLE)
 	$(STAGE) vote --ensemble $(ENSEMBLE) --held-out
 
 run-evaluate:  ## score the members and their vote on the held-out images
 	$(STAGE) evaluate --ensemble $(ENSEMBLE) --held-out --truth $(TRUTH) --images $(TRAINING) --out /workspace/evaluation
 
-run-local:  ## all stages one after the other; the same command goes on where it was cut off
+run-local:  ## run all stages in sequence; run the same command again to resume
 	$(MAKE) run-preprocess
 	members=$$($(STAGE) members $(ENSEMBLE)) && for member in $$members; do \
 		$(MAKE) run-train run-infer MEMBER=$$member || exit; \

@@ -1,12 +1,12 @@
 #!/bin/sh
-# The image's entry point: `stas launch STAGE ...` by whatever user, on a root that may be read-only.
+# The image's entry point: `stas launch STAGE ...` as any user, on a root file system that may be read-only.
 set -eu
 
-# Everything that libraries want to keep goes under the workspace, the one place that can surely be written.
+# Library caches go into the workspace, the only place that is sure to be writable.
 cache=${STAS_WORKSPACE:=/workspace}/.cache
 if ! mkdir -p "$cache" 2>/dev/null; then
-    echo "entrypoint: $STAS_WORKSPACE cannot be written by user $(id -u):$(id -g); caches go to /tmp." \
-        "Stages need it: mount it writable, give it to that user, or run as its owner (--user UID:GID)." >&2
+    echo "entrypoint: user $(id -u):$(id -g) cannot write to $STAS_WORKSPACE; caches go to /tmp. Stages need to write" \
+        "there: mount it writable, give it to that user, or run as its owner (--user UID:GID)." >&2
     cache=/tmp/stas-cache
 fi
 export STAS_WORKSPACE HOME="$cache"
@@ -17,10 +17,10 @@ export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}"
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$cache/triton}"
 export MPLCONFIGDIR="${MPLCONFIGDIR:-$cache/matplotlib}"
 mkdir -p "$HOME" "$MPLCONFIGDIR"
-# A user without a line in /etc/passwd has no name, which getpass and torch's compiler ask for.
+# getpass and torch's compiler need a user name, and a user who is not in /etc/passwd has none.
 export USER="${USER:-stas}" LOGNAME="${LOGNAME:-stas}"
 
-# exec, so that Python is the process that gets SIGTERM.
+# exec, so that Python receives SIGTERM.
 set -- python3 -m stas launch "$@"
 if [ -x /opt/nvidia/nvidia_entrypoint.sh ]; then
     exec /opt/nvidia/nvidia_entrypoint.sh "$@"

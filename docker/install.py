@@ -1,9 +1,9 @@
-"""Install the packages of a lock file around the torch that the image's base already has; run by the Dockerfile.
+"""Install the packages of a lock file around the torch that the base image already has; run by the Dockerfile.
 
-NVIDIA's images carry a torch built for their own CUDA, which no index has: one `pip install` that replaces it, and the
-image is slow or sees no GPU. So what the base has stays, torch above all; the lock fills in the rest with --no-deps,
-and `pip check` and torch itself say at the end whether that went well. A base without torch gets the lock's from an
-index of its own, which decides for which device it is.
+NVIDIA's images contain a torch built for their own CUDA, which no index has. If a `pip install` replaces it, the image
+is slow or sees no GPU. So the base keeps its packages, above all torch. The lock adds the missing ones with --no-deps,
+and `pip check` and torch itself verify the result. If the base has no torch, the lock's version is installed from a
+separate index, which determines the device that torch supports.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from importlib.metadata import distributions
 from pathlib import Path
 
-# pip brings it along, and an image that can install packages has pip.
+# Part of pip, which is always there in an image that can install packages.
 from pip._vendor.packaging.requirements import InvalidRequirement, Requirement
 from pip._vendor.packaging.utils import canonicalize_name
 
@@ -25,12 +25,12 @@ LOADED = ("torch", "torchvision", "monai", "timm", "segmentation_models_pytorch"
 
 
 def main() -> None:
-    import tomllib  # not in Python 3.10, which no base has; the functions below run there
+    import tomllib  # not in Python 3.10; no base has that, but tests of the functions below may
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lock", type=Path, required=True)
-    parser.add_argument("--project", type=Path, required=True, help="the pyproject.toml whose needs must be met")
-    parser.add_argument("--torch-index", required=True, help="where torch comes from when the base has none")
+    parser.add_argument("--project", type=Path, required=True, help="the pyproject.toml with the dependencies")
+    parser.add_argument("--torch-index", required=True, help="index for torch if the base has none")
     options = parser.parse_args()
 
     base = installed()
@@ -44,7 +44,7 @@ def main() -> None:
     if torch is None:
         pip_install([pin for pin in pins if name_of(pin) in TORCH], "--index-url", options.torch_index)
     pip_install(to_install(pins, base, constraints))
-    # A package of the base may be too old for the project or the lock: then, and only then, the lock's takes its place.
+    # Replace a package of the base only if it is too old for the project or the lock.
     if outdated := to_replace(check() - complaints | unmet(needs, installed()), pins):
         pip_install(outdated)
 
@@ -53,19 +53,19 @@ def main() -> None:
     if torch and torch_identity() != torch:
         fail(f"torch was {torch} in the base and is {torch_identity()} now: the lock must not replace it")
     run(sys.executable, "-c", f"import {', '.join(LOADED)}")
-    Path(sysconfig.get_path("purelib"), "stas.pth").write_text(f"{Path(__file__).parent}\n")  # the code comes later
-    print(f"torch is {torch_identity()}; pip check has nothing new to say")
+    Path(sysconfig.get_path("purelib"), "stas.pth").write_text(f"{Path(__file__).parent}\n")  # the code is copied later
+    print(f"torch is {torch_identity()}; pip check found no new problems")
 
 
 def to_install(
     pins: Iterable[Requirement], base: Mapping[str, str], constraints: Iterable[Requirement] = ()
 ) -> list[Requirement]:
-    """What of the lock the base lacks.
+    """Requirements of the lock that the base lacks.
 
     Args:
         pins: the lock's requirements for this Python and platform.
-        base: the version of every package that is there, by canonical name.
-        constraints: the base's own; where one forbids the lock's version, the lock yields.
+        base: the version of every installed package, by canonical name.
+        constraints: the base's own; if one forbids the lock's version, the constraint wins.
     """
     limits = {name_of(constraint): constraint for constraint in constraints}
     missing = [pin for pin in pins if name_of(pin) not in base and not comes_with_torch(name_of(pin))]
@@ -73,7 +73,7 @@ def to_install(
 
 
 def allows(constraint: Requirement | None, pin: Requirement) -> bool:
-    """Whether a constraint, if there is one, admits the version of a pin."""
+    """Whether a constraint, if any, allows the version of a pin."""
     if constraint is None:
         return True
     versions = [specifier.version for specifier in pin.specifier]
@@ -81,14 +81,14 @@ def allows(constraint: Requirement | None, pin: Requirement) -> bool:
 
 
 def to_replace(complaints: Iterable[str], pins: Iterable[Requirement]) -> list[Requirement]:
-    """The lock's pins for packages of which `pip check` says that another one needs a different version."""
+    """The lock's pins for packages whose version does not suit another package, according to `pip check`."""
     found = [re.search(r"but you have (\S+) ", line) for line in complaints]
     names = {canonicalize_name(match[1]) for match in found if match}
     return [pin for pin in pins if name_of(pin) in names and not comes_with_torch(name_of(pin))]
 
 
 def unmet(needs: Iterable[Requirement], versions: Mapping[str, str]) -> set[str]:
-    """What the project needs and does not find, in the words of `pip check`."""
+    """Unsatisfied dependencies of the project, worded as `pip check` does."""
     found = {str(need): versions.get(name_of(need)) for need in needs}
     return {f"stas requires {need}, which is not installed." for need, version in found.items() if version is None} | {
         f"stas has requirement {need}, but you have {Requirement(need).name} {version}."
@@ -98,16 +98,16 @@ def unmet(needs: Iterable[Requirement], versions: Mapping[str, str]) -> set[str]
 
 
 def comes_with_torch(name: str) -> bool:
-    """Whether a package is torch, or belongs to one build of it: the CUDA libraries and the compiler."""
-    if name == "nvidia-ml-py":  # the driver's own interface, of use with every torch
+    """Whether a package is torch or part of one build of it: the CUDA libraries and the compiler."""
+    if name == "nvidia-ml-py":  # the driver's own interface, useful with any torch
         return False
     return name in (*TORCH, "triton") or name.startswith(("nvidia-", "cuda-"))
 
 
 def read_requirements(text: str) -> list[Requirement]:
-    """The lines of a lock or constraints file that hold for this Python and platform.
+    """The requirements in a lock or constraints file that apply to this Python and platform.
 
-    Lines that are no requirements (comments, options, bare addresses) are left out: pip reads constraints itself.
+    Other lines (comments, options, bare URLs) are skipped: pip reads constraints itself.
     """
     requirements = []
     for line in text.splitlines():
@@ -135,12 +135,12 @@ def installed() -> dict[str, str]:
 
 
 def torch_identity() -> str:
-    """Version and place of torch, as Python itself sees it."""
+    """Version and location of torch, as Python imports it."""
     return run(sys.executable, "-c", "import torch; print(torch.__version__, torch.version.cuda, torch.__file__)")
 
 
 def check() -> set[str]:
-    """What `pip check` complains of, line by line."""
+    """The complaints of `pip check`, one per line."""
     done = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True, check=False)
     return set() if done.returncode == 0 else set(done.stdout.splitlines())
 

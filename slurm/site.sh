@@ -1,20 +1,20 @@
 # shellcheck shell=bash disable=SC2034  # read by the scripts that source it
-# All that differs from cluster to cluster. A variable that is set in the environment wins over the line here.
+# All settings that differ between clusters. Environment variables win over these lines.
 
-# Where things are, on a file system that all nodes share.
+# Locations, on a file system that all nodes share.
 : "${DATA:=/data/stas}"
 : "${TRAIN_IMAGES:=$DATA/Train_Images}"
 : "${TRAIN_ANNOTATIONS:=$DATA/Train_Annotations}"
-: "${PREDICT_IMAGES:=$DATA/Private_Image}" # what the ensemble shall outline
+: "${PREDICT_IMAGES:=$DATA/Private_Image}" # images to outline
 : "${WORKSPACE:=$PWD/workspace}"
 
 # What to train: an ensemble that `stas recipes` lists, or a YAML file under DATA or WORKSPACE.
 : "${ENSEMBLE:=reference}"
-: "${TIME_LIMIT:=7.5h}" # what a member's training may take over all its jobs, requeued ones included
-: "${NODES:=1}"         # nodes for each member
-: "${MAX_RESTARTS:=20}" # a job that is cut off more often than this stays down
+: "${TIME_LIMIT:=7.5h}" # training time of a member over all its jobs, including requeued ones
+: "${NODES:=1}"         # nodes per member
+: "${MAX_RESTARTS:=20}" # a job that reaches its walltime more often than this is not requeued
 
-# Account and partition, as sbatch itself reads them from the environment. Remove the # where the site wants them.
+# Account and partition; sbatch reads them from the environment. Remove the # if your site needs them.
 # export SBATCH_ACCOUNT=GOV000000 SBATCH_PARTITION=gp4d
 
 # How a stage is run: bare (stas on the PATH), apptainer, singularity, pyxis, docker or podman.
@@ -22,5 +22,5 @@
 : "${IMAGE:=stas.sif}" # a .sif file for apptainer and singularity, an image's name for the others
 # bare: an environment made by `make install`
 export PATH="$PWD/.venv/bin:$PATH"
-# Pretrained weights for nodes without network, filled by `stas weights fetch` on a machine that has it.
+# Pretrained weights for nodes without network access, fetched by `stas weights fetch` on a machine that has it.
 # export STAS_WEIGHTS_DIR=$DATA/weights

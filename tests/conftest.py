@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-# One thread a process, before torch is imported: sums differ in their last digits with the number of threads, and the
-# tests compare runs of this process with those of others (`QUIET` in tests/launch.py) to the bit.
+# One thread per process, set before torch is imported. The last digits of sums depend on the number of threads, and
+# the tests compare runs of this process bit for bit with those of others (`QUIET` in tests/support/launch.py).
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from scripts.make_sample import make_sample
@@ -21,7 +21,7 @@ from tests.support.runs import TINY
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Say how to repeat the order of this run: pytest-randomly is silent where pytest is quiet."""
+    """Print how to repeat the order of this run, because pytest-randomly prints nothing with -q."""
     seed = config.getoption("randomly_seed", None)
     if config.getoption("randomly_reorganize", False):
         terminalreporter.write_line(f"random order: --randomly-seed={seed} repeats it")
@@ -29,7 +29,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """Real images, annotations and published masks, which are not part of the project."""
+    """Real images, annotations and published masks, which are not part of the repository."""
     root = Path(os.environ.get("STAS_TEST_DATA", Path(__file__).parents[2] / "shared" / "data" / "stas"))
     if not (root / "Predictions").is_dir():
         pytest.skip(f"no real images at {root}; set STAS_TEST_DATA to a directory with Train_Images and Predictions")
@@ -38,7 +38,7 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten small made images with annotations."""
+    """Ten small generated images with annotations."""
     root = tmp_path_factory.mktemp("sample")
     make_sample(root, images=10, seed=1, scale=0.3)
     return root
@@ -52,7 +52,7 @@ def tiny() -> Recipe:
 
 @pytest.fixture(scope="session")
 def prepared(sample: Path, tiny: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """The workspace whose store all others share; nothing else is ever put into it."""
+    """The workspace whose store all others share; nothing else is written to it."""
     workspace = Workspace(tmp_path_factory.mktemp("prepared"))
     preprocess([sample / "Train_Images"], [sample / "Train_Annotations"], workspace, tiny.data, workers=1)
     return workspace
@@ -60,7 +60,7 @@ def prepared(sample: Path, tiny: Recipe, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="session")
 def new_workspace(prepared: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Workspace]:
-    """Makes a workspace with the sample's store, and nothing else."""
+    """Return a function that makes a workspace with only the sample's store."""
 
     def make() -> Workspace:
         workspace = Workspace(tmp_path_factory.mktemp("workspace"))
@@ -72,14 +72,14 @@ def new_workspace(prepared: Workspace, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture
 def store_workspace(new_workspace: Callable[[], Workspace]) -> Workspace:
-    """This test's own workspace with the sample's store: its runs and predictions meet those of no other test."""
+    """This test's own workspace with the sample's store; no other test sees its runs and predictions."""
     return new_workspace()
 
 
 def _copy_or_link(source: str, target: str) -> None:
-    """Copy a store's small files; link its data by name.
+    """Copy a store's small files, and link its data with a symbolic link.
 
-    A store opens the file that the link leads to, so that a process maps the data once, however many workspaces it has.
+    A store resolves the link before it opens the file, so a process maps the data once for all workspaces.
     """
     if source.endswith(".mdb"):
         Path(target).symlink_to(source)

@@ -1,4 +1,4 @@
-"""The benchmarks run, say what they measured, and the pages quote what they said."""
+"""The benchmarks run and report their measurements, and the pages quote them correctly."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from tests.support.launch import PATIENCE
 
 DOCS = Path(__file__).parents[1] / "docs"
 README = DOCS.parent / "README.md"
-# The README's lines of speed, and the rows that they quote.
+# Lines of the README's section on speed, and the rows they quote.
 QUOTED = {
     "Samples into the training step": "samples into the step / by the original chain from JPEG",
     "Samples scaled and augmented on this CPU": "samples scaled and augmented on this CPU / by nnU-Net v2's loader",
@@ -25,7 +25,7 @@ QUOTED = {
 }
 
 
-def test_what_is_compared_runs_in_turn_and_the_median_counts(monkeypatch):
+def test_candidates_run_alternately_and_the_median_counts(monkeypatch):
     calls, now = [], [0.0]
     monkeypatch.setattr("scripts.bench.measure.time.perf_counter", lambda: now[0])
 
@@ -35,12 +35,12 @@ def test_what_is_compared_runs_in_turn_and_the_median_counts(monkeypatch):
 
     one, two = [9.0, 0.5, 0.1, 0.2], [9.0, 0.3, 0.3, 4.0]
     seconds = interleaved({"one": lambda: call(1, one), "two": lambda: call(2, two)}, repeats=3)
-    assert calls == [1, 2] * 4  # a first round that does not count
+    assert calls == [1, 2] * 4  # the first round does not count
     assert seconds == pytest.approx({"one": 0.2, "two": 0.3})
 
 
 @pytest.mark.parametrize(("value", "at_least", "reached"), [(2, True, True), (1.9, True, False), (1.9, False, True)])
-def test_a_target_is_a_least_or_a_most(value, at_least, reached):
+def test_a_target_is_a_minimum_or_a_maximum(value, at_least, reached):
     assert Row("what", value, target=2, at_least=at_least).reached is reached
 
 
@@ -49,14 +49,14 @@ def test_exponent_by_hand():
     assert exponent({1: 3.0, 10: 3.0}) == pytest.approx(0)
 
 
-def test_the_page_is_made_of_the_figures():
+def test_the_page_is_generated_from_the_figures():
     content = json.loads((DOCS / "benchmarks.json").read_text())
     assert not content["quick"]
     assert (DOCS / "benchmarks.md").read_text() == markdown(content), "make it again with `make bench OUT=docs`"
     assert all(math.isfinite(row["value"]) for row in content["rows"])
 
 
-def test_the_readme_quotes_only_what_the_benchmarks_said():
+def test_the_readme_quotes_only_measured_figures():
     rows = {row["what"]: row for row in json.loads((DOCS / "benchmarks.json").read_text())["rows"]}
     section = README.read_text().split("\n## Speed\n")[1].split("\n## ")[0]
     lines = dict(re.findall(r"^- ([^:]+): ([\d.]+ x) as ", section, re.MULTILINE))
@@ -75,7 +75,7 @@ def test_every_part_runs_and_every_row_is_written(tmp_path):
     assert set(found) == set(kinds), PARTS
     assert all(row["detail"] or row["note"] or row["unit"] for row in content["rows"])
     assert (tmp_path / "growth.png").stat().st_size > 10_000
-    assert len(done.stdout.splitlines()) == len(content["rows"]) + 2  # nothing but the table, and where the results are
+    assert len(done.stdout.splitlines()) == len(content["rows"]) + 2  # only the table, and where the results are
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
-"""Killed, or refused by the disk, at every file operation: the old or the new result stands, and the next start ends
-with the same bytes. A short walk by default; `make chaos` makes every step."""
+"""Stages killed, or refused by the disk, at every file operation: the old or the new result is left, and the next start
+ends with the same bytes. By default only a few operations are tried; `make chaos` tries all of them."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ from stas.vote import vote
 from tests.support.chaos import Scenario, Walk, why_no_strace
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_no_strace()), reason=why_no_strace())]
-STEPS = 5  # of each scenario in the short walk
+STEPS = 5  # per scenario, unless all are tried
 
 
 def snapshot(epoch: int):
@@ -51,8 +51,8 @@ def save_epochs(root: Path, *epochs: int) -> None:
         save_last(RunPaths(root), snapshot(epoch))
 
 
-def go_on_saving(root: Path) -> None:
-    """What training does, with epoch 2 as the last."""
+def resume_saving(root: Path) -> None:
+    """Save as training does, with epoch 2 as the last."""
     run = RunPaths(root / "run")
     with lock(paths.lock_file(run.root)) as held:
         remove_leftovers(run)
@@ -79,14 +79,14 @@ def metrics(root: Path, *epochs: int) -> None:
                 log.append({"epoch": epoch, "val_loss": 1 / epoch})
 
 
-def metrics_tell_whole_epochs(root: Path) -> None:
+def metrics_cover_whole_epochs(root: Path) -> None:
     records = read_metrics(root / "run" / "metrics.jsonl")
     assert [record["epoch"] for record in records] == list(range(1, len(records) + 1))
     assert len(records) >= 2
 
 
 def members(root: Path, number: int = 3, seed: int = 0) -> list[Path]:
-    """Sets of two small masks."""
+    """Prediction sets of two small masks each."""
     random = np.random.default_rng(seed)
     directories = [root / "members" / f"m{index}" for index in range(number)]
     for directory in directories:
@@ -180,10 +180,10 @@ def scenarios(two_images: Path, trained: RunPaths, store_workspace: Workspace, t
     stores = ("stores/*", "masks/*.png")
     last = ("run/checkpoints/last.safetensors",)
     return {
-        "first checkpoint": Scenario(nothing, go_on_saving, checkpoints, newest_is_not_older_than(-1), exact=False),
+        "first checkpoint": Scenario(nothing, resume_saving, checkpoints, newest_is_not_older_than(-1), exact=False),
         "checkpoint": Scenario(
             lambda root: save_epochs(root / "run", 0, 1),
-            go_on_saving,
+            resume_saving,
             checkpoints,
             newest_is_not_older_than(1),
             last,
@@ -192,7 +192,7 @@ def scenarios(two_images: Path, trained: RunPaths, store_workspace: Workspace, t
             lambda root: metrics(root, 1, 2, 3),
             lambda root: metrics(root, 3, 4),
             ("run/metrics.jsonl",),
-            metrics_tell_whole_epochs,
+            metrics_cover_whole_epochs,
             exact=False,
         ),
         "store": Scenario(nothing, make_store, stores),
@@ -228,7 +228,7 @@ def walk(request: pytest.FixtureRequest, scenarios: dict[str, Scenario], tmp_pat
 
 
 def some(calls: list) -> list:
-    """A few of them, from the first to the last."""
+    """A few of the calls, evenly spread from the first to the last."""
     return [calls[round(index * (len(calls) - 1) / (STEPS - 1))] for index in range(STEPS)]
 
 
@@ -252,7 +252,7 @@ REFUSALS = {
 
 
 def refusable(walk: Walk) -> list:
-    """The calls that a full disk refuses."""
+    """The calls that can fail on a full disk."""
     return [call for call in walk.calls if call.name not in ("unlink", "unlinkat", "rmdir", "utimensat")]
 
 

@@ -1,4 +1,4 @@
-"""The command line: its speed, its refusals and its exit codes."""
+"""The command line: its start-up time, error messages and exit codes."""
 
 import os
 import re
@@ -67,7 +67,7 @@ def test_times_are_read(text: str, expected: float):
 
 
 @pytest.mark.parametrize("text", ["", "h", "-3", "0", "inf", "nan", "8:00", "soon"])
-def test_what_is_no_time_is_refused_with_the_ways_to_write_one(text: str, capsys: pytest.CaptureFixture[str]):
+def test_a_bad_time_is_refused_with_the_ways_to_write_one(text: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit, match="2"):
         main(["train", "--recipe", "lite0", "--workspace", "w", f"--time-limit={text}"])
     assert "7.5h" in capsys.readouterr().err
@@ -115,7 +115,7 @@ def test_bad_input_is_exit_code_3(tmp_path, capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.mark.parametrize(("error", "code"), [(StoppedEarly("cut off"), 75), (KeyboardInterrupt(), 130)])
-def test_a_stage_that_is_stopped_says_so_in_its_exit_code(
+def test_a_stopped_stage_has_its_own_exit_code(
     error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     def stopped(*_: object, **__: object) -> None:

@@ -83,7 +83,7 @@ def test_a_recipe_that_extends_another_says_only_what_differs(tmp_path):
         ("extend: lite0", "extend: unknown key; valid here: name, summary, .*, extends"),
     ],
 )
-def test_what_a_recipe_cannot_extend_is_refused(tmp_path, text, said):
+def test_a_recipe_that_cannot_be_extended_is_refused(tmp_path, text, said):
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(UsageError, match=said):
         load_recipe(str(tmp_path / "mine.yaml"))
@@ -101,7 +101,7 @@ def test_unknown_keys_are_refused_with_the_valid_ones():
     with pytest.raises(UsageError, match=r"train\.epoch: unknown key; valid here: batch, epochs, precision") as error:
         load_recipe("lite0", ["train.epoch=3", "optimzer.lr=1", "data.split.folds=1"])
     assert "optimzer: unknown key; valid here: name, summary, data" in str(error.value)
-    assert "data.split.folds = 1" in str(error.value)  # every problem at once
+    assert "data.split.folds = 1" in str(error.value)  # all problems are reported together
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The report on a machine: each judgement by hand, and the whole of it on this one."""
+"""The report on a machine: each check on hand-made input, and the whole report on this machine."""
 
 import os
 import re
@@ -42,14 +42,14 @@ CUDA_12_6 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
         ((8, 6), ["sm_80"], True),  # same major, older minor
         ((8, 0), ["sm_86"], False),  # same major, newer minor
         ((9, 0), ["sm_80", "sm_86"], False),  # binaries do not cross majors
-        ((9, 0), ["sm_80", "compute_80"], True),  # PTX runs on newer
-        ((8, 0), ["compute_90"], False),  # and not on older
+        ((9, 0), ["sm_80", "compute_80"], True),  # PTX runs on newer GPUs
+        ((8, 0), ["compute_90"], False),  # but not on older ones
         ((12, 1), CUDA_13, True),
         ((10, 3), ["sm_100"], True),  # two digits before the minor
         ((10, 0), ["sm_90"], False),
         ((9, 0), ["sm_90a"], True),
-        ((10, 0), ["sm_90a", "compute_90a"], False),  # a: exactly that GPU, PTX too
-        ((10, 3), ["sm_100f", "gfx90a"], True),  # f: its major version
+        ((10, 0), ["sm_90a", "compute_90a"], False),  # a: exactly that GPU, even for PTX
+        ((10, 3), ["sm_100f", "gfx90a"], True),  # f: all of its major version
         ((12, 0), ["compute_100f"], False),
         ((7, 0), CUDA_13, False),  # V100
         ((7, 0), CUDA_12_6, True),
@@ -82,7 +82,7 @@ def test_a_gpu_newer_than_torch_is_sent_to_a_newer_image():
         (Driver("570.1", (12, 8), 0), "13.0", "warn", "none"),  # hidden by CUDA_VISIBLE_DEVICES
         (Driver("570.1", (12, 8), 4), "13.0", "FAIL", "built for CUDA 13.0, and the driver supports CUDA up to 12.8"),
         (Driver("570.1", (12, 8), 4), None, "FAIL", "without CUDA"),
-        (Driver("535.1", (12, 2), 1), "12.6", "FAIL", "error 802"),  # same major runs: something else is wrong
+        (Driver("535.1", (12, 2), 1), "12.6", "FAIL", "error 802"),  # same major version: the cause is elsewhere
     ],
 )
 def test_no_device(driver: Driver | None, built_for: str | None, status: str, found: str):
@@ -123,7 +123,7 @@ def test_shared_memory(gib: float | None, status: str):
     assert ("--shm-size" in finding.remedy) == (status == "warn")
 
 
-def test_little_memory_and_disk_are_warned_of():
+def test_low_memory_and_disk_space_give_warnings():
     assert [memory(gib, "").status for gib in (3.9, 4.0)] == ["warn", "ok"]
     assert [free_space(gib, (800, 800)).status for gib in (4.9, 5.0)] == ["warn", "ok"]
     assert "2.4 MiB per image at 1600 x 400" in free_space(1.0, (400, 1600)).remedy  # 1600 * 400 * 4 / 2**20
@@ -133,20 +133,20 @@ def test_packages_are_those_of_pyproject():
     text = (Path(module.__file__).parents[1] / "pyproject.toml").read_text()
     block = re.search(r"^dependencies = \[(.*?)^\]", text, re.DOTALL | re.MULTILINE)
     assert block
-    required = dict(re.findall(r'"([A-Za-z0-9-]+)>=([0-9.]+?)(?:\.0a0)?"', block[1]))  # 2.6.0a0 comes before 2.6
+    required = dict(re.findall(r'"([A-Za-z0-9-]+)>=([0-9.]+?)(?:\.0a0)?"', block[1]))  # 2.6.0a0 sorts before 2.6
     assert len(required) == len(block[1].strip().splitlines())
     assert {name: oldest for name, oldest in PACKAGES.items() if oldest} == required
 
 
 def _installed(directory: Path, name: str, version: str) -> None:
-    """Metadata of a distribution, as pip leaves it."""
+    """Write the metadata of a distribution as pip does."""
     info = directory / f"{name}-{version}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
 
 def test_packages_missing_old_and_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    _installed(tmp_path, "torch", "2.6.0a0+df5bbc09d1")  # what an NVIDIA image of December 2024 carries
+    _installed(tmp_path, "torch", "2.6.0a0+df5bbc09d1")  # the version in NVIDIA's image of December 2024
     _installed(tmp_path, "numpy", "1.25.2")
     _installed(tmp_path, "broken_binary", "1.0")
     (tmp_path / "broken_binary.py").write_text("raise OSError('libcudart.so.13: cannot open\\nmore')")
@@ -164,7 +164,7 @@ def test_packages_missing_old_and_broken(tmp_path: Path, monkeypatch: pytest.Mon
     assert all(finding.remedy for finding in found.values() if finding.status == "FAIL")
 
 
-def test_a_workspace_yet_to_be_made_is_looked_at_where_it_will_be(tmp_path: Path):
+def test_a_workspace_that_does_not_exist_yet_is_checked_where_it_will_be(tmp_path: Path):
     findings = {finding.what: finding for finding in workspace_findings(tmp_path / "new" / "er", None)}
     assert findings["directory"].found == f"{tmp_path / 'new' / 'er'}, to be created in {tmp_path}, writable"
     assert set(findings) == {"directory", "free disk", "file system"}
@@ -173,12 +173,12 @@ def test_a_workspace_yet_to_be_made_is_looked_at_where_it_will_be(tmp_path: Path
 
 def test_a_workspace_that_cannot_be_written_fails(tmp_path: Path):
     (tmp_path / "file").touch()
-    finding = writable(tmp_path / "file", tmp_path / "file")  # nobody, not even root, writes into a file as a directory
+    finding = writable(tmp_path / "file", tmp_path / "file")  # not even root can make a file in a file
     assert finding.status == "FAIL"
     assert "not writable" in finding.found
 
 
-def test_a_network_file_system_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_network_file_system_gives_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     kinds = {"nfs4": "warn", "ext4": "ok"}
     for kind, status in kinds.items():
         monkeypatch.setattr("stas.system.filesystems.file_system_type", lambda path, kind=kind: kind)
@@ -188,7 +188,7 @@ def test_a_network_file_system_is_warned_of(tmp_path: Path, monkeypatch: pytest.
         assert ("STAS_CACHE_DIR" in finding.remedy) == (status == "warn")
 
 
-def test_weights_without_recipe_are_not_looked_for():
+def test_weights_are_not_checked_without_a_recipe():
     (finding,) = weights(None)
     assert finding.status == "ok"
 
@@ -216,7 +216,7 @@ def test_lite0_can_run_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.mark.slow
-def test_a_recipe_whose_weights_cannot_be_had_fails(tmp_path: Path):
+def test_a_recipe_whose_weights_are_unavailable_fails(tmp_path: Path):
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "STAS_WEIGHTS_DIR"):
         offline.pop(name, None)
@@ -247,12 +247,12 @@ def test_gpus_of_two_kinds(monkeypatch: pytest.MonkeyPatch):
     assert found["GPU 0"].status == "FAIL"
     assert found["GPU 0"].found.startswith("Tesla V100-SXM2-32GB, 32.0 GiB")
     assert found["GPU 1"].status == "ok"
-    assert found["precision"].status == "warn"  # one of the two has no bf16
+    assert found["precision"].status == "warn"  # one of the two lacks bf16
     assert "GPU" not in found
 
 
-def test_without_torch_the_report_goes_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "PACKAGES", {"torch": "2.6"})  # no other, lest it stay loaded without torch
+def test_the_report_continues_without_torch(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "PACKAGES", {"torch": "2.6"})  # no others: they would stay loaded without torch
     monkeypatch.setitem(sys.modules, "torch", None)  # importing it raises ImportError
     assert doctor(None, None) is False
     report = capsys.readouterr().out

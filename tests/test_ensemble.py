@@ -65,7 +65,7 @@ def test_folds_make_a_member_of_each_recipe_for_each_fold(tmp_path: Path):
     assert [member.recipe.optimizer.lr for member in ensemble.members] == [1e-3] * 3 + [2e-4] * 3
 
 
-def test_folds_may_be_all_of_one_recipe(tmp_path: Path):
+def test_an_ensemble_may_be_the_folds_of_one_recipe(tmp_path: Path):
     name = write(tmp_path / "folds.yaml", "members: [lite0]\nfolds: 2")
     assert load_ensemble(name).runs == ["lite0-fold0", "lite0-fold1"]
     assert load_member(name, 1).recipe.data.split.fold == 1
@@ -146,7 +146,7 @@ def test_a_wrong_key_of_a_member_names_it_and_the_valid_ones(tmp_path: Path):
         ("members: [lite0, lite0_fpn]\nties: maybe", "'foreground' or 'background'"),
     ],
 )
-def test_a_list_that_is_none_is_refused(tmp_path: Path, text: str, said: str):
+def test_a_file_that_is_not_an_ensemble_is_refused(tmp_path: Path, text: str, said: str):
     with pytest.raises(UsageError, match=said):
         load_ensemble(write(tmp_path / "list.yaml", text))
 

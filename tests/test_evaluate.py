@@ -11,7 +11,7 @@ from stas.errors import InputDataError, UsageError
 from stas.evaluate import evaluate
 from stas.system.files import read_json
 
-# Truth and predictions of four images, 1 x 8 pixels: counts (TP, FP, FN) of the prediction are in the comments.
+# Truth and predictions of four images, 8 pixels wide and 1 high; comments give the prediction's (TP, FP, FN) counts.
 TRUTH = {"a": "11110000", "b": "11000000", "c": "00000000", "d": "00000000"}
 GOOD = {"a": "11110000", "b": "10000000", "c": "00000000", "d": "00000000"}  # (4,0,0) (1,0,1) (0,0,0) (0,0,0)
 BAD = {"a": "00001111", "b": "11110000", "c": "10000000", "d": "00000000"}  # (0,4,4) (2,2,0) (0,1,0) (0,0,0)
@@ -25,7 +25,7 @@ def masks(directory, rows):
 
 @pytest.fixture
 def sets(tmp_path):
-    """Directories of the truth and of two members."""
+    """Directories with the truth and two members."""
     return masks(tmp_path / "truth", TRUTH), masks(tmp_path / "bad", BAD), masks(tmp_path / "good", GOOD)
 
 
@@ -165,7 +165,7 @@ def test_sheets_are_of_the_last_member_and_leave_out_empty_images(sets, tmp_path
     truth, bad, good = sets
     evaluate([good, bad], truth, tmp_path / "out", sheets=9)
     out = tmp_path / "out"
-    # d is empty in truth and in the last member; the others' Dice is a 0, b 2/3, c 0
+    # d is empty in the truth and in the last member; the Dice of the others is a 0, b 2/3, c 0
     assert sorted(path.name for path in (out / "sheets").iterdir()) == [
         "best_1_b.png",
         "middle_1_c.png",
@@ -192,7 +192,7 @@ def test_sheets_show_the_image_of_the_truth_or_of_images(sets, tmp_path, caplog)
     assert "no image" not in caplog.text
 
 
-def test_a_sheet_without_its_image_is_grey_and_made_again_when_it_is_there(tmp_path, caplog):
+def test_a_sheet_without_its_image_is_grey_and_made_again_with_it(tmp_path, caplog):
     labelme(tmp_path / "truth" / "a.json", image="a.png")
     arguments = [square_mask(tmp_path / "one")], tmp_path / "truth", tmp_path / "out"
     evaluate(*arguments)
@@ -213,7 +213,7 @@ def test_an_image_of_another_size_is_not_drawn_under_the_masks(sets, tmp_path, c
     assert not shows_orange(tmp_path / "out" / "sheets" / "worst_1_b.png")
 
 
-def test_an_identical_evaluation_is_kept_and_told_again(sets, tmp_path, caplog, capsys):
+def test_an_identical_evaluation_is_kept_and_printed_again(sets, tmp_path, caplog, capsys):
     truth, _, good = sets
     first = evaluate([good], truth, tmp_path / "out", sheets=0)
     told = capsys.readouterr().out
@@ -228,7 +228,7 @@ def test_an_identical_evaluation_is_kept_and_told_again(sets, tmp_path, caplog, 
     assert changed["members"]["good"]["mean_dice"] < first["members"]["good"]["mean_dice"]
 
 
-def test_a_directory_of_somebody_else_is_not_replaced(sets, tmp_path):
+def test_a_directory_that_stas_did_not_make_is_not_replaced(sets, tmp_path):
     truth, _, good = sets
     with pytest.raises(UsageError, match="will not be replaced"):
         evaluate([good], truth, truth)

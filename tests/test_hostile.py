@@ -1,8 +1,8 @@
-"""Files from strangers: every reader gives a result or a refusal in words, soon, and within bounds of memory.
+"""Untrusted files: every reader returns a result or refuses with a message, quickly, and within a memory limit.
 
-The short run tries the same 150 inputs for each reader; `make fuzz` tries ten thousand new ones for each. Bounds of
-memory, beyond what the process has after its imports: an image 2.6 GiB (1.8 seen), JSON 2.4 GiB (1.5 seen),
-everything else 200 MiB.
+The short run tries the same 150 inputs for each reader; `make fuzz` tries ten thousand new ones for each. Memory
+limits, beyond the process's memory after its imports: 2.6 GiB for an image (1.8 measured), 2.4 GiB for JSON (1.5
+measured), 200 MiB for everything else.
 """
 
 import hashlib
@@ -57,7 +57,7 @@ from tests.support import stores
 from tests.support.fuzzing import PROFILE, TEXTS, VALUES, Referee, altered, json_files, pictures, repair_png, spoilt
 from tests.support.labelme import TRIANGLE, shape
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of the tags that it passes over
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about tags it ignores
 PICTURES = pictures()
 LABELME = {
     "version": "5.0.1",
@@ -93,7 +93,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def outside(tmp_path: Path) -> Iterator[Path]:
-    """A place for the reader's files, and around it a directory in which nothing may appear."""
+    """A directory for the reader's files, inside another in which nothing may appear."""
     place = tmp_path / "guarded" / "inner"
     place.mkdir(parents=True)
     yield place
@@ -204,7 +204,7 @@ def test_fuzz_data_of_a_store(referee: Referee, store: Store):
 
 @st.composite
 def pages(draw: st.DrawFn, whole: bytes) -> bytes:
-    """Data of LMDB with wrong numbers where it keeps its own: in metas, page headers and nodes."""
+    """An LMDB data file with wrong numbers in its meta pages, page headers and nodes."""
     data = bytearray(whole)
     for _ in range(draw(st.integers(1, 4))):
         page = draw(st.integers(0, len(whole) // 4096 - 1)) * 4096
@@ -263,7 +263,7 @@ FACTS = {
 
 
 def load_all(path: Path) -> None:
-    """What training does with a checkpoint."""
+    """Load a checkpoint as training does."""
     saved = load_checkpoint(path)
     network, optimizer = network_and_optimizer()
     with fitting(path):
@@ -274,13 +274,13 @@ def load_all(path: Path) -> None:
 
 
 def sealed(data: bytes) -> bytes:
-    """With a right checksum, as somebody has it who made the file to harm."""
+    """The data with a correct checksum, as an attacker would write it."""
     return data[:-CHECKSUM_BYTES] + hashlib.sha256(data[:-CHECKSUM_BYTES]).digest()
 
 
 @st.composite
 def checkpoints(draw: st.DrawFn, whole: bytes) -> bytes:
-    """Checkpoints with another header, right in its length."""
+    """Checkpoints with a changed header of correct length."""
     length = int.from_bytes(whole[:8], "little")
     header = json.loads(whole[8 : 8 + length])
     if draw(st.booleans()):
@@ -409,18 +409,18 @@ def test_fuzz_list_of_a_split(referee: Referee, outside: Path, sized: Store):
     fuzz()
 
 
-# Each bomb is read in a process of its own, whose memory is measured. (MiB beyond the imports, processor seconds)
+# Each bomb is read in a separate process, whose memory is measured: (MiB beyond the imports, processor seconds).
 IMAGE, JSON_FILE, SMALL = (2600, 120), (2400, 120), (200, 30)
 
 
 def measured(reader: str, path: Path, bound: tuple[int, int], refusal: str | None) -> None:
-    """Read `path` in a new process; the reader must give what is expected within MiB and seconds of processor time."""
+    """Read `path` in a new process, and check the result, the MiB used and the seconds of processor time."""
     program = (
         "import re, sys, time\n"
         "from pathlib import Path\n"
         "from stas.errors import InputDataError, UsageError\n"
         f"{reader}\n"
-        # Not ru_maxrss, which begins with what the parent had when it forked.
+        # Not ru_maxrss, which starts at the parent's memory at the fork.
         "def used(): return int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1024\n"
         "before, began, said = used(), time.process_time(), None\n"
         "try: read(Path(sys.argv[1]))\n"
@@ -456,14 +456,14 @@ def write_json(path: Path, value: object) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["1", "RGBA"])
 def test_the_largest_image_stays_within_its_bound(tmp_path: Path, mode: str):
-    """128 million pixels in some kilobytes: the most that one image may take."""
+    """128 million pixels in a few kilobytes: the largest image accepted."""
     side = math.isqrt(MAX_PIXELS)
     Image.new(mode, (side, side)).save(tmp_path / f"largest_{mode}.png", compress_level=1)
     measured(READ_IMAGE, tmp_path / f"largest_{mode}.png", IMAGE, None)
 
 
 def declaring(width: int, height: int) -> bytes:
-    """A PNG that says it is of this size, and is of one pixel."""
+    """A PNG that declares this size but has one pixel."""
     file = io.BytesIO()
     Image.new("1", (1, 1)).save(file, "PNG")
     data = bytearray(file.getvalue())
@@ -504,7 +504,7 @@ def test_a_jpeg_of_ten_thousand_scans_is_refused(tmp_path: Path):
 
 
 def test_postscript_under_another_name_reaches_no_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Pillow would start Ghostscript, `gs` on the path, whatever the suffix."""
+    """Pillow would run Ghostscript, `gs` on the PATH, whatever the suffix."""
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
     (tmp_path / "gs").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -560,7 +560,7 @@ def test_json_bombs(tmp_path: Path, name: str, content: bytes, refusal: str | No
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["values", "embedded"])
 def test_the_largest_json_stays_within_its_bound(tmp_path: Path, what: str):
-    """As many values as are allowed; the largest file, one letter of which makes Python take four bytes for each."""
+    """As many values as are allowed; and the largest file, where one character makes Python use four bytes for each."""
     path = tmp_path / f"largest_{what}.json"
     if what == "values":
         path.write_bytes(b'{"shapes": [], "x": [' + b'{"a":1},' * 2_300_000 + b"0]}")
@@ -597,7 +597,7 @@ def test_tensors_that_declare_terabytes(tmp_path: Path):
     path = tmp_path / "terabytes.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     measured(READ_CHECKPOINT, path, SMALL, "not a readable checkpoint")
-    os.truncate(path, 2**42)  # all of them zeros that no disk holds
+    os.truncate(path, 2**42)  # zeros that take no space on disk
     measured(READ_CHECKPOINT, path, SMALL, "bytes, more than")
 
 
@@ -606,7 +606,7 @@ def test_tensors_that_declare_terabytes(tmp_path: Path):
     [(READ_IMAGE, "a.png"), (READ_LABELME, "a.json"), (READ_CHECKPOINT, "a.safetensors"), (READ_RECIPE, "a.yaml")],
 )
 @pytest.mark.parametrize("special", ["pipe", "endless", "circle"])
-def test_what_is_no_file_is_not_waited_for(tmp_path: Path, reader: str, name: str, special: str):
+def test_special_files_are_refused_without_waiting(tmp_path: Path, reader: str, name: str, special: str):
     path = tmp_path / name
     if special == "pipe":
         os.mkfifo(path)
@@ -624,7 +624,7 @@ def test_a_full_mask_is_no_bomb(sized: Store, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("part", ["root", "last page", "lower bound", "first node"])
 def test_crazy_page_numbers_do_not_end_the_process(sized: Store, part: str):
-    """Opened as it is, LMDB ends with a signal, or looks for the page beyond the end of the file."""
+    """Without the check LMDB would crash, or look for the page beyond the end of the file."""
     path = store_data(sized.directory)
     data = bytearray(path.read_bytes())
     newer = max((0, 4096), key=lambda meta: struct.unpack_from("<Q", data, meta + 144))
@@ -683,7 +683,7 @@ def test_a_manifest_that_contradicts_itself_is_refused(sized: Store, change: dic
 
 
 def test_a_record_of_another_length_is_refused(outside: Path):
-    """The manifest's shapes are changed together, so that they agree with each other but not with the data."""
+    """The manifest's shapes all change, so they agree with each other but not with the data."""
     store = stores.build_scaled(outside / "stores" / "key", 1.0, [(50, 70)])
     path = manifest_file(store.directory)
     content = json.loads(path.read_text())
@@ -712,7 +712,7 @@ def test_a_pickle_runs_nothing(tmp_path: Path):
 
 
 def test_a_pickle_is_no_bomb(tmp_path: Path):
-    """Packed zeros, and a number that stands for terabytes of itself."""
+    """Compressed zeros, and one number expanded to terabytes."""
     pickle, packed, target = tmp_path / "a.pth", tmp_path / "b.pth", tmp_path / "c.safetensors"
     torch.save({"weight": torch.zeros(10_000_000)}, pickle)
     with zipfile.ZipFile(pickle) as archive, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as smaller:

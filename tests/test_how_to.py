@@ -1,4 +1,4 @@
-"""The commands of the pages work as they are written, on a small made sample and with less training."""
+"""The commands on the pages work as written, on a small generated sample and with less training."""
 
 import os
 import re
@@ -15,10 +15,10 @@ from stas.cli import main
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-# What makes training take a second; a page's own settings come first, and nothing in a page may set these.
+# Make training take a second. A page's own settings come first, so a page must not set these.
 SMALL = ("--set", "data.size=[128, 128]", "--set", "train.epochs=1", "--set", "train.batch=4")
-# In the page's shell `stas` only notes what it is asked to do, so that torch is loaded once for all commands: here.
-# What prints something for the shell to use runs at once.
+# In the page's shell `stas` only records its arguments, and the commands run later in this process, so that torch is
+# loaded once. Commands whose output the shell uses run immediately.
 SHELL = """
 set -euo pipefail
 stas() {
@@ -45,7 +45,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def own_data(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory in which docs/how-to/own-data.md was followed."""
+    """A directory in which the commands of docs/how-to/own-data.md have been run."""
     place = tmp_path_factory.mktemp("own-data")
     follow(DOCS / "how-to" / "own-data.md", place, data)
     return place
@@ -53,18 +53,18 @@ def own_data(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def followed(own_data: Path, tmp_path: Path) -> Path:
-    """A copy of it, for the pages that begin where it ends."""
+    """A copy of `own_data`, for pages that start where it ends."""
     shutil.copytree(own_data, tmp_path / "place")
     return tmp_path / "place"
 
 
 def blocks(page: Path) -> str:
-    """A page's `sh` blocks, one after the other."""
+    """A page's `sh` blocks, joined."""
     return "\n".join(re.findall(r"^ *```sh\n(.*?)^ *```$", page.read_text(), re.MULTILINE | re.DOTALL))
 
 
 def follow(page: Path, place: Path, data: Path) -> None:
-    """Do in `place` what the page says."""
+    """Run the commands of a page in `place`."""
     noted = place / ".noted"
     environment = os.environ | {
         "DATA": str(data),
@@ -89,7 +89,7 @@ def follow(page: Path, place: Path, data: Path) -> None:
 
 
 def masks(directory: Path) -> list[str]:
-    """The names of a set's masks, which are all 0/255."""
+    """The names of a set's masks; checks that all are 0/255."""
     found = sorted(directory.glob("*.png"))
     for mask in found:
         with Image.open(mask) as image:
@@ -178,7 +178,7 @@ def test_dry_runs(page: str, tool: str | None, words: str):
     assert words in done.stdout + done.stderr
 
 
-def test_every_command_of_the_pages_is_run_or_needs_what_a_test_lacks():
+def test_every_command_of_the_pages_is_run_or_cannot_run_in_a_test():
     fences = {line.strip() for page in DOCS.rglob("*.md") for line in page.read_text().splitlines() if "```" in line}
     assert fences <= {"```", "```sh", "```console", "```yaml"}
     run = {page.stem for page in (DOCS / "how-to").iterdir() if blocks(page)}

@@ -1,4 +1,4 @@
-"""The image: what goes into it, and every stage in real containers that may write nowhere but to their mounts."""
+"""The image: its packages, and every stage in real containers that can write only to their mounts."""
 
 import importlib.util
 import json
@@ -30,7 +30,7 @@ from tests.support.runs import TINY
 ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"
 TINY_RECIPES = ("one", "two")
-ENDLESS = 1_000_000  # epochs: the run must not be over before it is stopped
+ENDLESS = 1_000_000  # epochs: the run must not finish before it is stopped
 
 
 def _module() -> ModuleType:
@@ -52,10 +52,10 @@ def names(found: list) -> list[str]:
     return [str(requirement) for requirement in found]
 
 
-# What install.py installs, with made inputs.
+# What install.py installs, on hand-made input.
 
 
-def test_what_the_base_has_stays_at_whatever_version():
+def test_packages_of_the_base_keep_their_version():
     pins = requirements("numpy==2.5.5", "timm==1.0.31", "typing_extensions==4.16.0")
     base = {"torch": "2.6.0a0+df5bbc0", "numpy": "1.26.4", "typing-extensions": "4.12"}
     assert names(install.to_install(pins, base)) == ["timm==1.0.31"]
@@ -64,14 +64,14 @@ def test_what_the_base_has_stays_at_whatever_version():
 def test_torch_and_what_belongs_to_its_build_are_never_installed_with_the_rest():
     lines = ["torch==2.14.1", "torchvision==0.29.1", "triton==3.8.0", "nvidia-cublas==13.1", "cuda-bindings==13.5"]
     pins = requirements(*lines, "nvidia-ml-py==13.6", "torchmetrics==1.8")
-    for base in ({"torch": "2.6.0a0"}, {}):  # with its own torch, and the CPU variant without one
+    for base in ({"torch": "2.6.0a0"}, {}):  # with its own torch, and without torch, as the CPU variant
         assert names(install.to_install(pins, base)) == ["nvidia-ml-py==13.6", "torchmetrics==1.8"]
 
 
 @pytest.mark.parametrize(
     ("constraint", "installed"),
     [
-        ("Einops==0.8.1", "einops"),  # pip takes the constraint's version
+        ("Einops==0.8.1", "einops"),  # pip uses the constraint's version
         ("einops @ file:///einops.whl", "einops"),
         ("einops>=0.7", "einops==0.8.2"),
         ("torch==2.6.0", "einops==0.8.2"),
@@ -102,7 +102,7 @@ def test_a_package_of_the_base_that_is_too_old_is_replaced_but_never_torch():
     assert names(install.to_replace(complaints, pins)) == ["kiwisolver==1.5.1"]
 
 
-def test_what_the_project_needs_is_complained_of_in_the_words_of_pip():
+def test_missing_dependencies_are_reported_as_pip_does():
     needs = requirements("torch>=2.6.0a0", "numpy>=1.26", "lmdb>=1.4")
     assert install.unmet(needs, {"torch": "2.6.0a0+df5bbc0", "numpy": "1.25.2"}) == {
         "stas has requirement numpy>=1.26, but you have numpy 1.25.2.",
@@ -112,7 +112,7 @@ def test_what_the_project_needs_is_complained_of_in_the_words_of_pip():
 
 
 @pytest.mark.parametrize("lock", ["requirements.lock", "docker/v100.lock"])
-def test_a_lock_has_all_that_the_project_needs(lock: str):
+def test_a_lock_has_every_dependency_of_the_project(lock: str):
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
     pins = {pin.name: next(iter(pin.specifier)).version for pin in requirements(*(ROOT / lock).read_text().split("\n"))}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -155,7 +155,7 @@ def test_dockerfile_and_scripts_are_clean():
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_image_is_told_apart_by_its_bases():
+def test_every_file_names_the_same_bases():
     dockerfile, makefile = (DOCKER / "Dockerfile").read_text(), (ROOT / "Makefile").read_text()
     current, v100 = (re.search(rf"#   {name}.*?(nvcr\S+:\S+-py3)", dockerfile) for name in ("A100", "V100"))
     assert current and v100 and f"ARG BASE_IMAGE={current[1]}\n" in dockerfile
@@ -163,7 +163,7 @@ def test_the_image_is_told_apart_by_its_bases():
 
 
 def _fake(directory: Path, name: str) -> Path:
-    """A command that says with which arguments it was called."""
+    """A command that prints its arguments."""
     directory.mkdir(exist_ok=True)
     path = directory / name
     path.write_text('#!/bin/sh\necho "$@"\n')
@@ -208,7 +208,7 @@ def inspected(image: str) -> dict:
 
 @pytest.fixture(scope="module")
 def chain(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path, str]]:
-    """Data, workspace and output of `make run-local`: all stages, without network, on a root that cannot be written."""
+    """Data, workspace and output of `make run-local`: all stages, without network, on a read-only root."""
     from scripts.make_sample import make_sample
 
     root = tmp_path_factory.mktemp("containers")
@@ -309,7 +309,7 @@ def test_user_labels_and_entry_point(inspected: dict, base_image: str):
 @pytest.mark.cluster
 def test_any_user_with_an_unwritable_home(image: str, chain: tuple[Path, Path, str], tmp_path: Path):
     workspace = containers.writable(tmp_path / "workspace")
-    os.chown(workspace, 4321, 4321)  # no line in /etc/passwd
+    os.chown(workspace, 4321, 4321)  # not in /etc/passwd
     options = [*run_options(chain[0], workspace), "--user", "4321:4321", "--env", "HOME=/nowhere"]
     training = ["--images", "/data/Train_Images", "--annotations", "/data/Train_Annotations"]
     podman("run", *options, image, "preprocess", "--recipe", "lite0", "--set", "data.size=64", *training)
@@ -318,17 +318,17 @@ def test_any_user_with_an_unwritable_home(image: str, chain: tuple[Path, Path, s
 
 
 @pytest.mark.cluster
-def test_a_workspace_that_cannot_be_written_is_said(image: str, chain: tuple[Path, Path, str], tmp_path: Path):
+def test_a_workspace_that_cannot_be_written_is_reported(image: str, chain: tuple[Path, Path, str], tmp_path: Path):
     workspace = containers.writable(tmp_path / "workspace")
     os.chown(workspace, 0, 0)
     done = podman("run", *run_options(chain[0], workspace), image, "recipes")
     assert "user 10001:10001" in done.stderr and "mount it writable" in done.stderr
-    assert "ensemble small" in done.stdout  # what needs no workspace works
+    assert "ensemble small" in done.stdout  # commands that need no workspace work
 
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_ends_training_with_75_and_the_same_command_goes_on(
+def test_sigterm_ends_training_with_75_and_the_same_command_resumes(
     image: str, chain: tuple[Path, Path, str], processes: int
 ):
     data, workspace, _ = chain
@@ -342,7 +342,7 @@ def test_sigterm_ends_training_with_75_and_the_same_command_goes_on(
         wait_until(lambda: metrics.is_file() and len(read_metrics(metrics)) >= 2, f"two epochs of {name}")
         first = podman("exec", name, "cat", "/proc/1/cmdline").stdout.split("\0")
         assert first[1:4] == ["-m", "stas", "launch"], "Python is not the process that gets the signal"
-        podman("stop", "--time", int(PATIENCE), name, timeout=2 * PATIENCE)  # after which it would be killed
+        podman("stop", "--time", int(PATIENCE), name, timeout=2 * PATIENCE)  # then it would be killed
         assert podman("wait", name).stdout.strip() == str(EXIT_RESUMABLE), podman("logs", name).stderr
         assert "stopped in epoch" in podman("logs", name).stderr, "torchrun killed the ranks"
     finally:
@@ -361,7 +361,7 @@ def test_make_image_labels_what_it_builds(image: str, base_image: str):
     name = "localhost/stas:made"
     engine = " ".join(["podman", *containers.STORE])
     variables = {"IMAGE": name, "BASE_IMAGE": base_image, "ENGINE": engine}
-    variables["BUILD_FLAGS"] = "--isolation chroot --network host"  # the layers are there: pip has nothing to reach
+    variables["BUILD_FLAGS"] = "--isolation chroot --network host"  # all layers exist, so pip needs no network
     command = ["make", "image", *(f"{key}={value}" for key, value in variables.items())]
     done = subprocess.run(command, cwd=ROOT, env=containers.environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -372,7 +372,7 @@ def test_make_image_labels_what_it_builds(image: str, base_image: str):
 
 
 def _torch_without_weight(index: Path) -> list[str]:
-    """An index with CPU wheels in name only, and mounts that bring this environment's torch to where they point."""
+    """An index with empty CPU wheels, and mounts that put this environment's torch in their place."""
     versions = {"torch": metadata.version("torch"), "torchvision": metadata.version("torchvision")}
     needs = {
         "torch": ["filelock", "typing-extensions", "sympy", "networkx", "jinja2", "fsspec"],

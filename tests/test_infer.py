@@ -40,7 +40,7 @@ def test_one_mask_per_image_at_its_own_size(store_workspace, trained, sample):
     images = {path.stem: read_image(path) for path in (sample / "Train_Images").iterdir()}
     found = masks(out)
     assert found.keys() == images.keys()
-    assert len({mask.shape for mask in found.values()}) > 1  # the sample has several sizes
+    assert len({mask.shape for mask in found.values()}) > 1  # the sample's images differ in size
     for stem, mask in found.items():
         assert Image.open(out / f"{stem}.png").mode == "L"
         assert mask.shape == images[stem].shape[:2]
@@ -65,7 +65,7 @@ def test_the_same_again_does_nothing_and_other_settings_do(store_workspace, trai
 
 
 def test_a_cut_off_run_makes_only_what_is_missing(store_workspace, trained, sample, tmp_path):
-    """A damaged image stops it; with the image whole again, the masks already made are not made again."""
+    """A damaged image stops the run; once it is repaired, existing masks are not made again."""
     images = tmp_path / "images"
     images.mkdir()
     for path in sorted((sample / "Train_Images").iterdir()):
@@ -94,7 +94,7 @@ def test_a_mask_does_not_depend_on_which_images_are_predicted_beside_it(store_wo
 
 @pytest.mark.parametrize("damage", [b"", b"\x89PNG\r\n\x1a\n"])
 def test_a_damaged_mask_of_a_cut_off_run_is_made_again(store_workspace, trained, sample, tmp_path, damage):
-    """After a power cut a file may be there and empty, or end early."""
+    """After a power cut a file may be empty or truncated."""
     images = tmp_path / "images"
     shutil.copytree(sample / "Train_Images", images)
     last = sorted(images.iterdir())[-1]
@@ -106,7 +106,7 @@ def test_a_damaged_mask_of_a_cut_off_run_is_made_again(store_workspace, trained,
     (partial,) = store_workspace.predictions(name).parent.glob(f".{name}.*.partial")
     first = sorted(partial.glob("*.png"))[0]
     expected, first_name = first.read_bytes(), first.name
-    # The key, and so the partial directory's name, is that of the whole images.
+    # Compute the key, and so the partial directory's name, from the undamaged images.
     last.write_bytes(whole)
     first.write_bytes(damage)
     out = infer(trained, images, store_workspace, name=name)
@@ -114,7 +114,7 @@ def test_a_damaged_mask_of_a_cut_off_run_is_made_again(store_workspace, trained,
     assert len(masks(out)) == 10
 
 
-def test_masks_of_another_run_are_not_thrown_away(store_workspace, trained, sample, tiny):
+def test_masks_of_another_run_are_not_replaced(store_workspace, trained, sample, tiny):
     out = infer(trained, sample / "Train_Images", store_workspace, name="mine")
     train(tiny, store_workspace, "other-member")
     before = masks(out)
@@ -123,7 +123,7 @@ def test_masks_of_another_run_are_not_thrown_away(store_workspace, trained, samp
     assert all(np.array_equal(mask, before[stem]) for stem, mask in masks(out).items())
 
 
-def test_masks_of_other_images_are_not_thrown_away(store_workspace, trained, sample, tmp_path):
+def test_masks_of_other_images_are_not_replaced(store_workspace, trained, sample, tmp_path):
     infer(trained, sample / "Train_Images", store_workspace, name="kept")
     one = next((sample / "Train_Images").iterdir())
     (tmp_path / one.name).write_bytes(one.read_bytes())
@@ -133,7 +133,7 @@ def test_masks_of_other_images_are_not_thrown_away(store_workspace, trained, sam
 
 
 def test_held_out_scores_are_those_of_training(store_workspace, trained, sample, tmp_path):
-    """Validation reads the store, inference the JPEGs and evaluation the PNGs: all must agree."""
+    """Validation reads the store, inference the JPEGs, evaluation the PNGs; all must agree."""
     out = infer(trained, sample / "Train_Images", store_workspace, name="held", checkpoint="last", held_out=True)
     assert len(masks(out)) == 3
     summary = evaluate([out], sample / "Train_Annotations", tmp_path / "scores", sheets=0)

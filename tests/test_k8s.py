@@ -1,4 +1,4 @@
-"""The Kubernetes manifests: rendered, checked as an API server would, and their pods run as real containers."""
+"""The Kubernetes manifests: rendered, checked as by an API server, and their pods run as real containers."""
 
 import json
 import os
@@ -34,8 +34,8 @@ ROOT = Path(__file__).parents[1]
 K8S = ROOT / "k8s"
 OVERLAYS = sorted(path.parent.name for path in K8S.glob("overlays/*/kustomization.yaml"))
 STAGES = ("preprocess", "train", "infer", "vote")
-OLDEST = "1.33"  # the first in which backoffLimitPerIndex can be relied upon; the newest is kubernetes-validate's
-CHECKOV = "checkov==3.3.30"  # pins so much that it needs an environment of its own
+OLDEST = "1.33"  # the first version with stable backoffLimitPerIndex; kubernetes-validate supplies the newest
+CHECKOV = "checkov==3.3.30"  # pins so many packages that it needs its own environment
 GPU = "nvidia.com/gpu"
 GPUS = 4
 UNITS = {"": 1, "m": Fraction(1, 1000), "Mi": 2**20, "Gi": 2**30}
@@ -51,12 +51,12 @@ def rendered() -> dict[str, list[Manifest]]:
 
 @pytest.fixture(params=OVERLAYS)
 def overlay(request: pytest.FixtureRequest, rendered: dict[str, list[Manifest]]) -> list[Manifest]:
-    """The objects of one overlay after the other."""
+    """The objects of one overlay."""
     return rendered[request.param]
 
 
 def jobs(objects: Sequence[Manifest]) -> list[Manifest]:
-    """All Jobs, and those that the JobSet controller would make of a JobSet."""
+    """All Jobs, including those that the JobSet controller would create."""
     made = [each for each in objects if each["kind"] == "Job"]
     for jobset in (each for each in objects if each["kind"] == "JobSet"):
         for replicated in jobset["spec"]["replicatedJobs"]:
@@ -85,13 +85,13 @@ def quantity(text: str) -> Fraction:
 
 
 def where(file: str, pattern: str) -> str:
-    """A line of a manifest, for a message that says what to change."""
+    """The place of a line in a manifest, for messages that say where to change it."""
     lines = (K8S / file).read_text().splitlines()
     found = [f"k8s/{file}:{number}: {line.strip()}" for number, line in enumerate(lines, 1) if pattern in line]
     return " and ".join(found)
 
 
-# What the manifests say.
+# Content of the manifests.
 
 
 def test_every_overlay_has_all_stages(overlay: list[Manifest]):
@@ -183,7 +183,7 @@ def test_every_container_ends_in_the_one_entry_point(overlay: list[Manifest]):
         for container in containers(pod):
             assert "command" not in container, "the image's entry point runs `stas launch`"
             stage = stage_of(container, config(overlay))
-            build_parser().parse_args(stage)  # else it exits
+            build_parser().parse_args(stage)  # exits if it is wrong
             found.append(stage[0])
     assert set(found) == {"preprocess", "train", "infer", "vote", "evaluate"}
 
@@ -238,7 +238,7 @@ def test_memory_and_disk_hold_what_is_put_there(overlay: list[Manifest]):
             assert quantity(empty["tmp"]["sizeLimit"]) < quantity(limits["ephemeral-storage"])
 
 
-# What an API server would refuse.
+# Checks of an API server.
 
 
 @pytest.mark.parametrize("version", [OLDEST, "newest"])
@@ -249,8 +249,8 @@ def test_strict_schema(version: str, overlay: list[Manifest]):
         assert kubernetes_validate.validate(each, version, strict=True) == version[:4]
 
 
-# Of the JobSet API (jobset.x-k8s.io/v1alpha2) what is used here, closed to all else; the Jobs' templates are
-# validated as Jobs. Its own reference: https://jobset.sigs.k8s.io/docs/reference/jobset.v1alpha2
+# The parts of the JobSet API (jobset.x-k8s.io/v1alpha2) used here; anything else is refused. The Jobs' templates are
+# validated as Jobs. Reference: https://jobset.sigs.k8s.io/docs/reference/jobset.v1alpha2
 JOBSET: dict[str, Any] = {
     "type": "object",
     "additionalProperties": False,
@@ -347,10 +347,10 @@ def test_jobset_schema(rendered: dict[str, list[Manifest]]):
     jsonschema.validate(jobset, JOBSET)
     replicated = jobset["spec"]["replicatedJobs"]
     assert [each["name"] for each in replicated] == list(STAGES)
-    # Each stage waits until all Jobs of the one before are done.
+    # Each stage waits until all Jobs of the previous one are done.
     depends = [each.get("dependsOn", []) for each in replicated]
     assert depends == [[], *([{"name": stage, "status": "Complete"}] for stage in STAGES[:-1])]
-    # A Job that vanished would be made anew.
+    # A deleted Job would be recreated.
     assert not any("ttlSecondsAfterFinished" in each["template"]["spec"] for each in replicated)
 
 
@@ -401,7 +401,7 @@ def test_checkov(tmp_path: Path, rendered: dict[str, list[Manifest]]):
     assert passed and int(passed[1]) > 500, done.stdout
 
 
-# The script that applies them. Its kubectl answers from a file for each Job, and by the real one's JSONPath.
+# The script that applies them. Its fake kubectl answers from one file per Job, using the real kubectl's JSONPath.
 
 FAKE_KUBECTL = f"""\
 #!{sys.executable}
@@ -456,7 +456,7 @@ else:
 
 @pytest.fixture
 def cluster(tmp_path: Path, rendered: dict[str, list[Manifest]]) -> Path:
-    """A directory with a kubectl that talks to no cluster, and what it remembers."""
+    """A directory with a fake kubectl and its state."""
     fake = tmp_path / "bin" / "kubectl"
     fake.parent.mkdir()
     fake.write_text(FAKE_KUBECTL)
@@ -497,7 +497,7 @@ def test_submit_again_replaces_ended_jobs(cluster: Path):
     assert [call for call in calls if "delete" in call] == [f"delete job/stas-{stage} --wait" for stage in STAGES]
 
 
-def test_submit_leaves_a_job_at_work(cluster: Path):
+def test_submit_leaves_a_running_job_alone(cluster: Path):
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "stas-preprocess"}, "spec": {}}
     (cluster / "stas-preprocess").write_text(json.dumps([job, [{"active": 1}]]))
     assert submit(cluster, "cpu-demo").returncode == 0
@@ -541,12 +541,12 @@ def test_submit_refuses(arguments: tuple[str, ...], cluster: Path):
         assert "kubectl apply -k" in done.stderr, "what to do instead"
 
 
-# The pods, as real containers.
+# Pods run as real containers.
 
 
 @pytest.fixture(scope="module")
 def data(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The data volume: the sample, and ensembles of three that train in seconds."""
+    """The data volume: the sample, and ensembles of three members that train in seconds."""
     root = tmp_path_factory.mktemp("data")
     subprocess.run(["cp", "-r", sample / "Train_Images", sample / "Train_Annotations", root], check=True)
     new = root / "New"
@@ -577,13 +577,13 @@ def node(image: str, data: Path, rendered: dict[str, list[Manifest]], tmp_path_f
     """A node with an empty workspace volume."""
     claims = {"stas-data": data, "stas-workspace": tmp_path_factory.mktemp("workspace")}
     settings = config(rendered["cpu-demo"]) | {"ENSEMBLE": "/data/ensemble.yaml", "PREDICT_IMAGES": "/data/New"}
-    settings["OMP_NUM_THREADS"] = "1"  # a small machine
+    settings["OMP_NUM_THREADS"] = "1"  # as on a small machine
     return Node(image, settings, claims, tmp_path_factory.mktemp("scratch"))
 
 
 @pytest.fixture(scope="module")
 def prepared(node: Node, rendered: dict[str, list[Manifest]]) -> list[Attempt]:
-    """How the Job that makes the store ended."""
+    """The attempts of the Job that makes the store."""
     return run_stage(node, rendered, "preprocess")[0]
 
 
@@ -591,12 +591,12 @@ def prepared(node: Node, rendered: dict[str, list[Manifest]]) -> list[Attempt]:
 def chain(
     node: Node, prepared: list[Attempt], rendered: dict[str, list[Manifest]]
 ) -> dict[str, dict[int, list[Attempt]]]:
-    """How the pods of all Jobs ended, one stage after the other."""
+    """The attempts of all Jobs' pods, by stage."""
     return {"preprocess": {0: prepared}} | {stage: run_stage(node, rendered, stage) for stage in STAGES[1:]}
 
 
 def run_stage(node: Node, rendered: dict[str, list[Manifest]], stage: str) -> dict[int, list[Attempt]]:
-    """How a Job's pods ended."""
+    """Run a stage's Job; return the attempts of its pods by index."""
     began = time.monotonic()
     ended = node.run_job(find(rendered["cpu-demo"], "Job", f"stas-{stage}"))
     print(f"{stage}: {len(ended)} pods, {time.monotonic() - began:.0f} s")
@@ -624,7 +624,7 @@ def test_all_jobs_run_to_voted_masks_and_scores(node: Node, chain: dict[str, dic
     assert owners == {(10001, 10001)}, "everything was written by the image's user"
 
 
-def test_a_pod_that_starts_twice_does_its_work_once(
+def test_a_pod_that_starts_twice_works_once(
     node: Node, chain: dict[str, dict[int, list[Attempt]]], rendered: dict[str, list[Manifest]]
 ):
     before = {path: path.stat().st_mtime_ns for path in workspace(node).glob("*/*/*") if ".cache" not in path.parts}
@@ -633,7 +633,7 @@ def test_a_pod_that_starts_twice_does_its_work_once(
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-def test_a_member_that_fails_leaves_the_others_at_work(
+def test_a_member_that_fails_leaves_the_others_running(
     node: Node, chain: dict[str, dict[int, list[Attempt]]], rendered: dict[str, list[Manifest]]
 ):
     broken = Node(node.image, dict(node.config) | {"ENSEMBLE": "/data/one-unprepared.yaml"}, node.claims, node.scratch)
@@ -652,7 +652,7 @@ def epochs_done(run: Path) -> int:
 
 
 def wait_for_epochs(run: Path, count: int, node: Node, pod: Manifest, name: str) -> None:
-    """Wait until a pod's training has done so many epochs."""
+    """Wait until a pod's training has finished `count` epochs."""
 
     def done() -> bool:
         assert node.at_work(name), node.ended(pod, name).log
@@ -662,13 +662,13 @@ def wait_for_epochs(run: Path, count: int, node: Node, pod: Manifest, name: str)
 
 
 def with_seconds_left(node: Node, run: Path, seconds: float) -> Node:
-    """The same node, on which a run that was stopped may take so many seconds more."""
+    """The same node, with a time limit that leaves a stopped run `seconds` more."""
     spent = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["elapsed"]
     settings = dict(node.config) | {"TIME_LIMIT": f"{spent + seconds:.0f}s"}
     return Node(node.image, settings, node.claims, node.scratch)
 
 
-def test_a_stopped_pod_ends_resumable_and_the_next_one_goes_on(
+def test_a_stopped_pod_exits_resumable_and_the_next_one_resumes(
     node: Node, prepared: list[Attempt], rendered: dict[str, list[Manifest]]
 ):
     job = find(rendered["cpu-demo"], "Job", "stas-train")

@@ -1,4 +1,4 @@
-"""`stas launch`: ranks, their exit codes made one, and signals, with real processes."""
+"""`stas launch`: ranks, their common exit code, and signals, with real processes."""
 
 import re
 import signal
@@ -25,12 +25,12 @@ from tests.support.launch import PATIENCE, started, stas
     ("codes", "stopped", "expected"),
     [
         ([0, 0], False, EXIT_OK),
-        ([0, 0], True, EXIT_OK),  # the signal came when all was done
+        ([0, 0], True, EXIT_OK),  # the signal came after all had finished
         ([75, 75], True, EXIT_RESUMABLE),
-        ([75, 75], False, EXIT_RESUMABLE),  # another node was told to stop
-        ([None, 75], False, EXIT_RESUMABLE),  # torchrun ended one that was slower to stop
+        ([75, 75], False, EXIT_RESUMABLE),  # another node got the signal
+        ([None, 75], False, EXIT_RESUMABLE),  # torchrun killed a rank that was slower to stop
         ([1, None], True, 1),  # the checkpoint could not be written
-        ([None, None], True, EXIT_RESUMABLE),  # killed while they were starting
+        ([None, None], True, EXIT_RESUMABLE),  # killed during start-up
         ([None, 0], False, 1),
         ([2, None], False, EXIT_USAGE),
         ([None, 3], True, EXIT_BAD_INPUT),
@@ -43,9 +43,9 @@ def test_one_exit_code_for_all_ranks(codes: list[int | None], stopped: bool, exp
 @pytest.mark.parametrize(
     ("said", "alive", "lost"),
     [
-        ("", True, False),  # at work
+        ("", True, False),  # running
         ("", False, True),  # killed
-        ("1", True, True),  # failed, and stuck at its end
+        ("1", True, True),  # failed, but its process hangs
         ("2", False, True),
         ("0", False, False),
         ("0", True, False),
@@ -116,7 +116,7 @@ def test_a_signal_to_the_launcher_stops_all_ranks_at_one_step(
         process.send_signal(sent)
         _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == EXIT_RESUMABLE, said
-    # 7 images in batches of 4: two steps an epoch, so that a loss sum of both ranks belongs to one of them.
+    # 7 images in batches of 4 make two steps an epoch, so a loss summed over both ranks belongs to one of them.
     assert load_checkpoint(run.checkpoint("last")).metadata["state"]["epoch"] >= 2
     assert "run the same command again to resume" in said
 
@@ -132,4 +132,4 @@ def test_two_launchers_meet_and_train_as_two_nodes(store_workspace: Workspace, t
     with start([*node, "--node", 1, *arguments]) as second, start([*node, "--node", 0, *arguments]) as first:
         said = first.communicate(timeout=PATIENCE)[1] + second.communicate(timeout=PATIENCE)[1]
     assert (first.returncode, second.returncode) == (0, 0), said
-    assert len(re.findall(r"epoch +2/2", said)) == 1  # one rank speaks
+    assert len(re.findall(r"epoch +2/2", said)) == 1  # one rank logs

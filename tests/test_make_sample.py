@@ -1,4 +1,4 @@
-"""The sample data is reproducible, valid LabelMe, and what its outlines claim to enclose is there."""
+"""The sample data is reproducible and valid LabelMe, and its outlines enclose what they claim to."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def image(directory, annotation):
 
 
 def outline(shape):
-    """The points of the shape's edge."""
+    """Points on the edge of the shape."""
     points = np.array(shape["points"])
     if shape["shape_type"] == "polygon":
         return points
@@ -96,7 +96,7 @@ def test_images_come_in_several_sizes_and_some_hold_nothing(made):
 
 
 def test_outlines_enclose_cells_and_not_air(made):
-    """In every outline most pixels are darker than the air spaces, which are the brightest tenth of the image."""
+    """Most pixels in every outline are darker than the air spaces, the brightest tenth of the image."""
     for annotation in annotations(made):
         grey = np.asarray(image(made, annotation).convert("L"), int)
         for shape in annotation["shapes"]:
@@ -105,7 +105,7 @@ def test_outlines_enclose_cells_and_not_air(made):
 
 
 def test_clusters_float_in_air(made):
-    """A ring a little outside the outlines is brighter than their inside."""
+    """A ring just outside the outlines is brighter than their inside."""
     for annotation in annotations(made):
         if annotation["shapes"]:
             grey = np.asarray(image(made, annotation).convert("L"), int)
@@ -117,7 +117,7 @@ def test_clusters_float_in_air(made):
 
 
 def test_darkness_alone_does_not_find_the_clusters(made):
-    """The mass, the lining and the nuclei are as dark: no threshold comes near the outlines."""
+    """The mass, the lining and the nuclei are just as dark: no threshold comes close to the outlines."""
     best = []
     for annotation in annotations(made):
         grey = np.asarray(image(made, annotation).convert("L"), int)
@@ -129,7 +129,7 @@ def test_darkness_alone_does_not_find_the_clusters(made):
 
 
 def test_clusters_are_tiny_to_large():
-    """At scale 1 the outlines of the smallest measure about 12 pixels, of the largest 300."""
+    """At scale 1 the smallest outlines measure about 12 pixels, the largest 300."""
     rng = np.random.default_rng(0)
     spans = [np.ptp(sample.tuft(rng, length), axis=0).max() for length in sample.LENGTHS]
     assert 9 < spans[0] < 16
@@ -154,7 +154,7 @@ def test_a_round_outline_becomes_a_circle_and_no_other_does():
 
 
 @pytest.mark.parametrize(("images", "seed", "scale"), [(0, 0, 1.0), (1, -1, 1.0), (1, 0, 0.1), (1, 0, 100.0)])
-def test_refuses_senseless_arguments(tmp_path, images, seed, scale):
+def test_invalid_arguments_are_refused(tmp_path, images, seed, scale):
     with pytest.raises(UsageError, match=re.escape(f"images {images}, seed {seed}, scale {scale}")):
         sample.make_sample(tmp_path, images, seed, scale)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""One funnel, one list, one place for each setting: what the launchers say must agree, and say nothing twice."""
+"""One entry point, one list of members, one place for each setting: the launchers must agree and repeat nothing."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ MEMBERS = len(load_ensemble("reference").runs)
 
 
 def option(path: Path, name: str) -> str | None:
-    """An option that a batch script gives to sbatch."""
+    """An sbatch option in a batch script."""
     found = re.search(rf"^#SBATCH --{name}=(\S+)", path.read_text(), re.MULTILINE)
     return found and found[1]
 
@@ -49,7 +49,7 @@ def test_no_hyperparameter_in_a_job_file(path: Path):
     text = path.read_text()
     assert "--set" not in text, f"{path}: a recipe is the only place for hyperparameters"
     dotted = [key for key in settings(Recipe) if "." in key and re.search(rf"\b{re.escape(key)}\b", text)]
-    # The last parts too, where something is given to them: lr=, epochs: ...
+    # Also the last parts, if they are assigned a value: lr=, epochs: ...
     words = {key.split(".")[-1] for key in settings(Recipe)} - {"name", "summary", "label", "size", "file", "options"}
     given = [word for word in words if re.search(rf"(?<![\w-])(--)?{word}\s*[=:]\s*\"?[\d.\[]", text)]
     assert not dotted and not given, f"{path}: a recipe is the only place for {dotted + given}"
@@ -76,7 +76,7 @@ def test_every_launcher_asks_for_the_same_gpus(stage: str):
         assert amounts["cpu"] == option(ROOT / "slurm" / f"{stage}.sbatch", "cpus-per-task")
 
 
-def test_no_overlay_changes_the_number_of_gpus_but_to_none():
+def test_overlays_keep_the_number_of_gpus_or_use_none():
     for path in (ROOT / "k8s" / "overlays").rglob("*.yaml"):
         for count in re.findall(r"nvidia\.com/gpu: *\"?([^\s\",}]+)", path.read_text()):
             assert count in (option(ROOT / "slurm" / "train.sbatch", "gpus-per-node"), "null"), path
@@ -105,7 +105,7 @@ def test_every_launcher_ends_in_the_same_entry_point():
         )
 
 
-def test_each_grace_period_is_longer_than_what_must_happen_in_it():
+def test_each_grace_period_is_long_enough_for_its_work():
     pod = yaml.safe_load((ROOT / "k8s" / "base" / "every-job.yaml").read_text())["spec"]["template"]["spec"]
     for path in SBATCH:
         signal = option(path, "signal")
@@ -113,7 +113,7 @@ def test_each_grace_period_is_longer_than_what_must_happen_in_it():
         assert SHUTDOWN_TIMEOUT < pod["terminationGracePeriodSeconds"] < int(signal.removeprefix("B:USR1@")), path
 
 
-def test_python_knows_no_scheduler():
+def test_python_does_not_depend_on_a_scheduler():
     for path in (ROOT / "stas").rglob("*.py"):
         assert not re.search(r"SLURM_|JOB_COMPLETION_INDEX|KUBERNETES_", path.read_text()), path
 

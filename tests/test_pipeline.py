@@ -1,4 +1,4 @@
-"""All stages one after the other, as a user types them, on a tiny made set."""
+"""All stages in sequence, as a user would type them, on a tiny generated set."""
 
 import csv
 import subprocess

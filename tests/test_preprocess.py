@@ -33,7 +33,7 @@ def rectangle(left, top, right, bottom, label="STAS", kind="rectangle") -> dict:
 
 
 class Cases:
-    """A small data set in `images` and `annotations` of a directory."""
+    """A small data set in the directories `images` and `annotations`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -66,7 +66,7 @@ class Cases:
         return Store(preprocess(*inputs, workers=workers, **options))
 
     def problem(self, **options) -> str:
-        """The message with which a run on bad pairs ends, after which there must be no store."""
+        """The message of a run on bad pairs, which must leave no store."""
         with pytest.raises(InputDataError) as caught:
             self.run(**options)
         assert not any(self.workspace.stores.iterdir())
@@ -154,7 +154,7 @@ def test_key_does_not_depend_on_place_or_workers(cases, tmp_path):
     assert first.samples == second.samples
 
 
-def test_masks_are_written_also_from_a_store_that_exists(cases):
+def test_masks_are_also_written_from_an_existing_store(cases):
     cases.run()
     masks = cases.root / "masks"
     cases.run(masks=masks)
@@ -166,7 +166,7 @@ def test_masks_are_written_also_from_a_store_that_exists(cases):
 
 
 def test_masks_as_annotations(cases):
-    """The masks of a store make the same samples again."""
+    """The masks of a store give the same samples again."""
     masks = cases.root / "masks"
     first = cases.run(masks=masks)
     again = Store(preprocess([cases.images], [masks], cases.workspace, recipe().data, workers=1))
@@ -195,9 +195,9 @@ def test_json_beside_the_images(cases):
 
 
 def test_exif_orientation(cases):
-    """Stored lying on its side; LabelMe showed it upright, and the polygons are in upright coordinates."""
+    """The image is stored on its side; LabelMe shows it upright, and the polygons use upright coordinates."""
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown after a turn by 90 degrees clockwise
+    exif[0x0112] = 6  # displayed rotated by 90 degrees clockwise
     path = cases.image("turned", ".jpg", exif=exif)
     cases.json("turned", rectangle(0, 0, 9, 19), imageHeight=WIDTH, imageWidth=HEIGHT)
     store = cases.run()
@@ -218,7 +218,7 @@ def test_embedded_image_only(cases):
     assert np.array_equal(store.image(1), np.rint(area_resize(image, (32, 32))))
     assert store.samples[1]["image"] == "inside.json"
     path = cases.image("inside")
-    assert cases.run().key == store.key  # the same bytes, now from a file
+    assert cases.run().key == store.key  # the same bytes, but from a file
     path.unlink()
     for name in ("good", "more"):
         (cases.images / f"{name}.png").unlink()
@@ -229,7 +229,7 @@ def test_embedded_image_only(cases):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_images_stored_at_a_scale_keep_their_shapes(cases, workers, capsys):
-    """One larger than the others, one that is embedded, one that lies on its side, one that is bad."""
+    """One larger than the others, one embedded, one stored on its side, one bad."""
     pixels = np.random.default_rng(0).integers(0, 256, (61, 83, 3), np.uint8)
     Image.fromarray(pixels).save(cases.images / "large.png")
     cases.json("large", imageHeight=61, imageWidth=83)
@@ -257,7 +257,7 @@ def test_a_store_of_an_earlier_format_is_made_again(cases):
     old = cases.run()
     path = manifest_file(old.directory)
     path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
-    moved = old.directory.rename(cases.workspace.store("earlier"))  # its key held the format, too
+    moved = old.directory.rename(cases.workspace.store("earlier"))  # its key included the format
     pointer(cases.workspace, old.spec).write_text(json.dumps({"store": moved.name}))
     with pytest.raises(InputDataError, match=r"earlier: a store of format 1, .*: run `stas preprocess` again"):
         open_store(cases.workspace, recipe().data)
@@ -414,7 +414,7 @@ def test_a_bad_pair_is_refused_or_skipped(cases, make, reason):
     assert reason in entry["reason"]
     assert len(entry["remedy"]) > 10
     assert file not in entry["reason"]
-    with pytest.raises(InputDataError, match="1 files cannot be used"):  # also where the store is there by now
+    with pytest.raises(InputDataError, match="1 files cannot be used"):  # also if the store exists by now
         cases.run()
 
 
@@ -422,11 +422,11 @@ def test_an_image_whose_name_is_not_utf8_is_refused(cases):
     cases.image(os.fsdecode(b"\xe9"))
     cases.json("bad", imagePath="../images/" + os.fsdecode(b"\xe9.png"))
     assert "bad.json: the name of its image " in cases.problem()
-    (entry, _) = cases.run(skip_bad=True).skipped  # a manifest can be written
+    (entry, _) = cases.run(skip_bad=True).skipped  # the manifest can be written
     assert "is not UTF-8" in entry["reason"]
 
 
-def test_annotations_that_are_one_name_elsewhere_are_both_refused(cases):
+def test_annotations_whose_names_are_equal_elsewhere_are_both_refused(cases):
     cases.pair("bad")
     cases.json("Bad", imagePath="../images/bad.png")
     message = cases.problem()
@@ -465,7 +465,7 @@ def test_a_misspelt_label_is_refused_with_those_that_are_there(cases):
         cases.run("data.label=a/b")
 
 
-def test_a_split_that_does_not_suit_is_refused_but_the_store_stays(cases):
+def test_an_unsuitable_split_is_refused_but_the_store_stays(cases):
     with pytest.raises(UsageError, match="the first 237 of 2 samples"):
         cases.run("data.split.kind=first")
     assert len(open_store(cases.workspace, recipe().data)) == 2

@@ -1,4 +1,4 @@
-"""docs/promises.md names tests that exist, and no promise goes without one."""
+"""docs/promises.md names existing tests, and every promise has one."""
 
 import re
 from pathlib import Path

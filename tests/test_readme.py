@@ -1,4 +1,4 @@
-"""The README's tree is true, and what the pages point at is there."""
+"""The README's tree is true, and links and make targets on the pages exist."""
 
 import re
 import subprocess
@@ -12,7 +12,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
 def tree() -> dict[str, str]:
-    """The README's tree: what it says of each path; directories end in a slash."""
+    """The README's tree: the description of each path; directories end in a slash."""
     block = README.split("\n## The tree\n")[1].split("```")[1]
     said: dict[str, str] = {}
     parents: list[str] = []
@@ -20,7 +20,7 @@ def tree() -> dict[str, str]:
         name, _, words = line.strip().partition(" ")
         depth = (len(line) - len(line.lstrip())) // 2
         path = "".join(parents[:depth]) + name
-        assert path not in said, f"{path} stands twice"
+        assert path not in said, f"{path} is listed twice"
         said[path] = words.strip()
         if name.endswith("/"):
             parents[depth:] = [name]
@@ -28,7 +28,7 @@ def tree() -> dict[str, str]:
 
 
 def files() -> list[str]:
-    """Every file of the project that git knows or would add."""
+    """Every file that git tracks or would add."""
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     done = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -40,7 +40,7 @@ def test_the_tree_names_every_entry_of_the_top_and_every_file_of_stas():
     top = {name.split("/")[0] + ("/" if "/" in name else "") for name in files()}
     package = {name for name in files() if name.startswith("stas/") and not name.endswith("__init__.py")}
     rooms = {f"{name.rpartition('/')[0]}/" for name in package} - {"stas/"}
-    modules = {name for name in package if not name.endswith(".yaml")}  # one line for all recipes is enough
+    modules = {name for name in package if not name.endswith(".yaml")}  # one line for all recipes
     missing = sorted((top | rooms | modules) - tree().keys())
     assert not missing, f"README.md, The tree, lacks {missing}"
 
@@ -71,7 +71,7 @@ def test_every_link_of_a_page_leads_somewhere(page: Path):
 
 
 def headings(page: Path) -> set[str]:
-    """The anchors that GitHub makes of a page's headings."""
+    """GitHub's anchors for a page's headings."""
     lines = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
 

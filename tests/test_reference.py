@@ -1,4 +1,4 @@
-"""The generated pages of docs/reference are those of today's code."""
+"""The generated pages in docs/reference match the current code."""
 
 import argparse
 from typing import Any
@@ -14,12 +14,12 @@ from stas.recipe import parse_recipe
 AGAIN = "make it again with `python -m scripts.reference`"
 
 
-def test_the_pages_are_made_of_the_code():
+def test_the_pages_match_the_code():
     assert (DIRECTORY / "recipe.md").read_text() == recipe_page(), AGAIN
     assert (DIRECTORY / "command-line.md").read_text() == command_page(), AGAIN
 
 
-def test_every_key_stands_with_the_default_of_a_recipe_that_leaves_it_out():
+def test_every_key_is_listed_with_its_default():
     rows = {line.split("`")[1]: line.split(" | ")[1] for line in recipe_page().splitlines() if line.startswith("| `")}
     defaults = dict(leaves(parse_recipe({"name": "the file's name"}, "test")))
     assert rows.keys() == defaults.keys()
@@ -44,7 +44,7 @@ def commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
 
 
 @pytest.mark.parametrize("command", commands(build_parser()), ids=lambda command: command.prog)
-def test_every_option_of_a_command_stands_in_its_section(command: argparse.ArgumentParser):
+def test_every_option_of_a_command_is_in_its_section(command: argparse.ArgumentParser):
     section = command_page().split(f"\n## {command.prog}\n")[1].split("\n## ")[0]
     told = [flag for action in command._actions for flag in action.option_strings if flag not in ("-h", "--help")]
     assert [flag for flag in told if f"`{flag}" not in section] == []

@@ -1,4 +1,4 @@
-"""The house: rooms know each other in one direction only, and commands meet on disk alone."""
+"""Rooms import each other in one direction only, and commands exchange data only through files."""
 
 import ast
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "stas"
 COMMANDS = ("preprocess", "train", "infer", "vote", "evaluate", "doctor", "launch")
-# From the ground up: a file may import from its own line and from those above it in this list.
+# From the ground up: a file may import from its own line and from earlier lines.
 FLOORS = (
     ("errors", "paths"),
     ("system",),
@@ -23,7 +23,7 @@ FLOORS = (
 
 
 def room(module: str) -> str:
-    """The room, or the file at the top, that a dotted name such as stas.data.store lies in."""
+    """The room, or top-level file, of a dotted name such as stas.data.store."""
     return module.split(".")[1]
 
 
@@ -34,7 +34,7 @@ def floor(name: str) -> int:
 
 
 def imports() -> Iterator[tuple[str, str]]:
-    """(importer, imported) for every import of one part of the package by another, also those inside functions."""
+    """(importer, imported) for every import within the package, including those inside functions."""
     for path in sorted(PACKAGE.rglob("*.py")):
         importer = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
         for node in ast.walk(ast.parse(path.read_text())):

@@ -1,4 +1,4 @@
-"""The batch scripts in a real Slurm: the chain, a failing member, two nodes, and jobs that are cut off."""
+"""The batch scripts in a real Slurm: all stages, a failing member, two nodes, and jobs that reach their walltime."""
 
 import os
 import re
@@ -38,7 +38,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 
 @pytest.fixture(scope="module")
 def site(sample: Path, tiny: Recipe, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A workspace with a store, tiny recipes, and the environment that takes the place of slurm/site.sh."""
+    """A workspace with a store, tiny recipes, and an environment that overrides slurm/site.sh."""
     root = tmp_path_factory.mktemp("site")
     for seed, name in enumerate(MEMBERS):
         write_recipe(root / f"{name}.yaml", seed=seed)
@@ -66,13 +66,13 @@ def write_ensemble(path: Path, *members: str) -> Path:
 
 
 def submit_chain(slurm: Slurm, site: SimpleNamespace, **environment: str) -> dict[str, str]:
-    """The job number of each stage, as scripts/submit_slurm prints them."""
+    """Submit all stages; return the job number of each, as scripts/submit_slurm prints it."""
     said = slurm.run(REPOSITORY / "scripts" / "submit_slurm", **(site.environment | environment))
     return dict(re.findall(r"(\w+) (\d+)[,;]", said))
 
 
 def submit(slurm: Slurm, site: SimpleNamespace, script: str, *options: str, **environment: str) -> str:
-    """Submit one batch script by hand, as the README says, from the repository's root."""
+    """Submit one batch script by hand from the root of the repository."""
     log = f"--output={site.root}/{script}-%j.log"
     done = subprocess.run(
         ["sbatch", "--parsable", log, *options, f"slurm/{script}.sbatch"],
@@ -88,11 +88,11 @@ def submit(slurm: Slurm, site: SimpleNamespace, script: str, *options: str, **en
 def train_endless(
     slurm: Slurm, site: SimpleNamespace, name: str, *options: str, **environment: str
 ) -> tuple[str, RunPaths]:
-    """Submit a run of its own that only its time limit or a signal ends."""
+    """Submit a separate run that ends only at its time limit or by a signal."""
     write_recipe(site.root / f"{name}.yaml", epochs=ENDLESS)
     ensemble = write_ensemble(site.root / f"{name}-alone.yaml", name, "one")
     environment = {"ENSEMBLE": str(ensemble)} | environment
-    # One GPU: the ranks are not what is tested.
+    # One GPU: these tests are not about ranks.
     job = submit(slurm, site, "train", "--array=0", "--gpus-per-node=1", *options, **environment)
     return job, site.workspace.run(name)
 
@@ -102,7 +102,7 @@ def epochs(run: RunPaths) -> int:
 
 
 def log_of(site: SimpleNamespace, job: str, script: str = "train") -> str:
-    """What a job submitted by hand has written so far: the whole of a job, or its only task, has the job's number."""
+    """The log so far of a job submitted by hand; an array's only task has the job's number too."""
     path = site.root / f"{script}-{job}.log"
     return path.read_text() if path.exists() else ""
 
@@ -126,7 +126,7 @@ def test_the_chain_goes_from_annotations_to_voted_masks(slurm: Slurm, site: Simp
     held_out = load_checkpoint(workspace.run("one").checkpoint("best")).metadata["validation"]
     assert sorted(masks(workspace.predictions("vote-held-out"))) == sorted(held_out)
     assert (workspace.root / "evaluation" / "sheets.png").exists()
-    # 4 GPUs a node: four ranks took part, of which one spoke.
+    # 4 GPUs per node: four ranks took part, and one logged.
     log = (workspace.root / "logs" / f"train-{jobs['train']}_0.log").read_text()
     assert "4 ranks" in log and log.count("epoch 2/2") == 1
 
@@ -134,7 +134,7 @@ def test_the_chain_goes_from_annotations_to_voted_masks(slurm: Slurm, site: Simp
 def test_a_member_that_fails_leaves_the_others_and_the_vote_says_who_is_missing(slurm: Slurm, site: SimpleNamespace):
     (site.root / "broken.yaml").write_text(yaml.safe_dump(TINY | {"name": "broken", "data": {"size": 96}}))
     ensemble = write_ensemble(site.root / "with-broken.yaml", "one", "broken", "three")
-    # The store of 96 pixels is not there, because preprocess made that of another ensemble.
+    # There is no store of 96 pixels, because preprocess ran for another ensemble.
     train = submit(slurm, site, "train", ENSEMBLE=str(ensemble))
     infer = submit(
         slurm, site, "infer", f"--dependency=aftercorr:{train}", "--kill-on-invalid-dep=yes", ENSEMBLE=str(ensemble)
@@ -164,8 +164,8 @@ def test_two_nodes_train_one_run(slurm: Slurm, site: SimpleNamespace):
     assert "2 ranks" in log_of(site, job)
 
 
-def test_a_job_cut_off_by_its_walltime_is_requeued_and_goes_on(slurm: Slurm, site: SimpleNamespace):
-    """Slurm sends the warning itself, at some time in the first of two minutes."""
+def test_a_job_cut_off_by_its_walltime_is_requeued_and_resumes(slurm: Slurm, site: SimpleNamespace):
+    """Slurm itself sends the warning, sometime in the first of two minutes."""
     job, run = train_endless(slurm, site, "walltime", "--time=2", "--signal=B:USR1@60")
     wait_until(lambda: slurm.facts(job)[0]["Restarts"] == "1", "the warning and the queue")
     wait_until(lambda: "resuming after epoch" in log_of(site, job), "the restart")
@@ -181,7 +181,7 @@ def test_a_job_cut_off_by_its_walltime_is_requeued_and_goes_on(slurm: Slurm, sit
 
 
 def test_three_interruptions_in_a_row_change_nothing(slurm: Slurm, site: SimpleNamespace):
-    """Slurm's warning, sent by hand: each time a checkpoint, exit code 75, the queue again, and on."""
+    """Send Slurm's warning by hand: each time the job writes a checkpoint, exits with 75, is requeued and resumes."""
     write_recipe(site.root / "thrice.yaml", epochs=400)
     ensemble = write_ensemble(site.root / "thrice-alone.yaml", "thrice", "one")
     job = submit(slurm, site, "train", "--array=0", "--gpus-per-node=1", ENSEMBLE=str(ensemble))
@@ -220,8 +220,8 @@ def test_a_cancelled_job_leaves_a_checkpoint_and_stays_cancelled(slurm: Slurm, s
     assert epochs(run) == done, "the time is spent, so nothing was trained again"
 
 
-def test_a_requeued_job_goes_on(slurm: Slurm, site: SimpleNamespace):
-    """As Slurm does by itself when a node fails or another job takes its place."""
+def test_a_requeued_job_resumes(slurm: Slurm, site: SimpleNamespace):
+    """Slurm requeues jobs when a node fails or another job preempts them."""
     job, run = train_endless(slurm, site, "requeued", TIME_LIMIT="30s")
     wait_until(lambda: epochs(run) > 3, "epochs")
     slurm.run("scontrol", "requeue", f"{job}_0")

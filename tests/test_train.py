@@ -24,7 +24,7 @@ from tests.support.launch import command, started, stas
 from tests.support.runs import assert_same_run, changed, figures, recipe_file, weights
 
 
-def test_a_run_learns_and_leaves_what_it_promises(store_workspace, tiny):
+def test_a_run_learns_and_writes_all_its_files(store_workspace, tiny):
     train(changed(tiny, train={"epochs": 12}), store_workspace, "learns")
     run = store_workspace.run("learns")
     records = read_metrics(run.metrics)
@@ -44,7 +44,7 @@ def test_a_run_learns_and_leaves_what_it_promises(store_workspace, tiny):
 
 
 def test_a_recipe_at_a_scale_trains_on_windows_and_predicts_whole_images(sample, tiny, tmp_path):
-    """The held-out scores of training are those of the masks, which come from the files instead of the store."""
+    """Held-out scores from training equal those of the masks, which are made from files instead of the store."""
     workspace = Workspace(tmp_path)
     recipe = changed(tiny, data={"scale": 0.3}, train={"epochs": 4})
     preprocess([sample / "Train_Images"], [sample / "Train_Annotations"], workspace, recipe.data, workers=2)
@@ -68,19 +68,19 @@ def test_two_parts_equal_one_whole(store_workspace, tiny, caplog):
     assert "nothing to do" in caplog.text and parts.checkpoint("last").stat().st_mtime_ns == before
 
 
-def test_a_run_does_not_go_on_with_another_recipe(store_workspace, tiny):
+def test_a_run_does_not_resume_with_another_recipe(store_workspace, tiny):
     train(tiny, store_workspace, "other")
     with pytest.raises(UsageError, match=r"optimizer\.lr: 0\.01 before, 0\.5 now"):
         train(changed(tiny, optimizer={"lr": 0.5}), store_workspace, "other")
     cosine = changed(tiny, schedule={"name": "cosine"})
     train(cosine, store_workspace, "cosine")
-    with pytest.raises(UsageError, match=r"train\.epochs: 2 before, 3 now"):  # its rates depend on the epochs
+    with pytest.raises(UsageError, match=r"train\.epochs: 2 before, 3 now"):  # learning rates depend on the epochs
         train(changed(cosine, train={"epochs": 3}), store_workspace, "cosine")
 
 
 @pytest.mark.slow
-def test_the_time_limit_ends_a_run_well(store_workspace, tiny, monkeypatch):
-    ticks = itertools.count()  # a clock that does not heed how busy the machine is: 50 ms for each look at it
+def test_the_time_limit_ends_a_run_cleanly(store_workspace, tiny, monkeypatch):
+    ticks = itertools.count()  # a clock that is independent of the machine's load: each reading takes 50 ms
     monkeypatch.setattr("stas.train.time", SimpleNamespace(monotonic=lambda: next(ticks) * 0.05))
     run = store_workspace.run("limited")
     endless = changed(tiny, train={"epochs": 100_000})
@@ -88,7 +88,7 @@ def test_the_time_limit_ends_a_run_well(store_workspace, tiny, monkeypatch):
     done = read_metrics(run.metrics)
     assert 1 <= len(done) < 1000
     assert load_checkpoint(run.checkpoint("best")).metadata["state"]["elapsed"] < 6
-    train(endless, store_workspace, "limited", time_limit=3)  # the time is spent: earlier parts count
+    train(endless, store_workspace, "limited", time_limit=3)  # the time is used up: earlier parts count
     assert len(read_metrics(run.metrics)) == len(done)
 
 
@@ -117,7 +117,7 @@ def test_batch_normalisation_and_every_optimiser_resume(store_workspace, tiny):
 
 @pytest.mark.slow
 def test_a_last_batch_of_one_image_trains(store_workspace, tiny):
-    """DeepLabV3+ pools an image to one value a channel and normalises that over the batch."""
+    """DeepLabV3+ pools an image to one value per channel and normalises it over the batch."""
     model = {"library": "smp", "architecture": "DeepLabV3Plus", "encoder": "resnet18", "weights": None, "options": {}}
     recipe = changed(tiny, model=model, train={"batch": 3, "epochs": 1})  # 7 images
     train(recipe, store_workspace, "one-over")
@@ -125,9 +125,9 @@ def test_a_last_batch_of_one_image_trains(store_workspace, tiny):
 
 
 def test_two_ranks_train_as_one(store_workspace, tiny, tmp_path):
-    """7 samples for training in batches of 4 and 3, so that the last does not come out even."""
-    options = tiny.model.options | {"dropout": 0.0}  # dropout draws differ from rank to rank, as they should
-    # SGD, because a bias before a normalisation has rounding noise for a gradient, which AdaBelief would make steps of.
+    """7 training samples in batches of 4 and 3, so the last batch does not divide evenly."""
+    options = tiny.model.options | {"dropout": 0.0}  # dropout rightly differs between ranks
+    # SGD, because the gradient of a bias before a normalisation is rounding noise, which AdaBelief turns into steps.
     recipe = changed(tiny, model={"options": options}, optimizer={"name": "sgd"}, train={"epochs": 3})
     train(recipe, store_workspace, "one-rank")
     path = recipe_file(recipe, tmp_path)
@@ -138,7 +138,7 @@ def test_two_ranks_train_as_one(store_workspace, tiny, tmp_path):
         assert together == pytest.approx(alone, rel=1e-4, abs=1e-5)
     for name, value in weights(one).items():
         assert torch.allclose(weights(two)[name], value, rtol=1e-3, atol=1e-4), name
-    assert done.stderr.count("epoch 3/3") == 1  # one rank speaks
+    assert done.stderr.count("epoch 3/3") == 1  # one rank logs
 
 
 def test_more_ranks_than_images_in_a_batch_is_refused(store_workspace, tiny, monkeypatch):

@@ -12,7 +12,7 @@ from stas.vote import majority, tie_possible, vote
 
 
 def members(root, patterns, stems=("a",)):
-    """One directory per pattern of 0 and 1, each with the same one-row masks."""
+    """One directory per pattern of 0 and 1, with the same one-row mask for every stem."""
     directories = [root / f"member{number}" for number in range(len(patterns))]
     for directory, pattern in zip(directories, patterns, strict=True):
         for stem in stems:
@@ -91,7 +91,7 @@ def test_impossible_weights_are_refused(tmp_path, weights):
         vote(members(tmp_path, [[1], [1], [1]]), tmp_path / "vote", weights=weights)
 
 
-def test_one_member_is_no_vote(tmp_path):
+def test_one_member_cannot_vote(tmp_path):
     with pytest.raises(UsageError, match="at least two"):
         vote(members(tmp_path, [[1]]), tmp_path / "vote")
 
@@ -117,7 +117,7 @@ def test_soft_vote_mask_and_stored_mean_agree_around_one_half(tmp_path):
     for directory, values in zip(pair, (steps, steps[::-1] + 1), strict=True):
         (directory / "probabilities").mkdir()
         Image.fromarray(values[None].astype(np.uint16)).save(directory / "probabilities" / "a.png")
-    out = vote(pair, tmp_path / "vote", soft=True)  # the sum is always 65536: just above 0.5
+    out = vote(pair, tmp_path / "vote", soft=True)  # the sum is always 65536, so just above 0.5
     assert read(out / "a.png") == [[255] * 16]
     assert read(out / "probabilities" / "a.png") == [[32768] * 16]
 
@@ -154,7 +154,7 @@ def test_the_vote_cannot_replace_a_member(tmp_path):
         vote(trio, trio[0])
 
 
-def test_graded_masks_follow_the_threshold_and_are_told_once_a_member(tmp_path, caplog):
+def test_graded_masks_follow_the_threshold_and_are_logged_once_per_member(tmp_path, caplog):
     trio = members(tmp_path, [[1, 1], [1, 0], [0, 0]], stems=("a", "b"))
     for stem in "ab":
         Image.fromarray(np.array([[0, 90]], np.uint8)).save(trio[2] / f"{stem}.png")
@@ -179,7 +179,7 @@ def test_a_second_identical_vote_does_nothing_and_a_changed_member_votes_again(t
 
 
 def test_members_packed_again_are_the_same_vote_and_one_pixel_is_not(tmp_path, caplog):
-    """On another kind of processor the same masks become other files."""
+    """Another kind of processor writes the same masks as different files."""
     trio = members(tmp_path, [[1, 0] * 40, [1, 0] * 40, [0, 0] * 40])
     out = vote(trio, tmp_path / "vote")
     path = trio[0] / "a.png"

@@ -1,7 +1,7 @@
-"""Faults at system calls: a stage in a forked process, which strace kills at, or refuses, the N-th call of a kind.
+"""Faults at system calls: strace kills a stage in a forked process at the N-th call of a kind, or makes the call fail.
 
-Only calls that may change the directory under test are walked: after a kill between two of them it looks as at the
-next. Thread pools run their work at once, in the caller, so that the N-th call is the same one each time.
+Only calls that may change the directory under test are tried, because a kill between two of them has the same effect as
+at the second. Thread pools run their work immediately in the caller, so the N-th call is always the same one.
 """
 
 import argparse
@@ -41,7 +41,7 @@ CRASHED = 99
 
 
 class Inline:
-    """An executor that does the work at once."""
+    """An executor that does the work immediately, in the caller."""
 
     def __init__(self, *_: Any) -> None: ...
 
@@ -75,21 +75,21 @@ class Call:
 
 @dataclass(frozen=True)
 class Outcome:
-    code: int  # exit code, or minus the signal
-    said: str  # on stderr
+    code: int  # exit code, or the negative signal number
+    said: str  # text on stderr
 
 
 @dataclass
 class Scenario:
-    """A stage, the state it begins with, and what must hold when it is cut off anywhere.
+    """A stage, its initial state, and what must hold after a fault at any call.
 
     Attributes:
-        prepare: makes the state before, in the directory given.
-        work: the stage; given again it goes on.
-        units: patterns of what bears a final name: files, or directories that appear whole.
-        check: more that must hold after a fault.
+        prepare: makes the initial state in the given directory.
+        work: the stage; running it again resumes it.
+        units: patterns of final names: files, or directories that must appear complete.
+        check: further conditions after a fault.
         may_miss: units that may be missing for a moment.
-        finished: what must be equal at the end of a run cut off and one never cut off; by default every unit's bytes.
+        finished: what must be equal at the end with and without a fault; by default the bytes of every unit.
     """
 
     prepare: Callable[[Path], None]
@@ -98,15 +98,15 @@ class Scenario:
     check: Callable[[Path], None] = lambda root: None
     may_miss: tuple[str, ...] = ()
     finished: Callable[[Path], Any] | None = None
-    exact: bool = True  # whether every unit is the old or the new one to the byte
+    exact: bool = True  # whether every unit must equal the old or the new one byte for byte
 
 
 @dataclass
 class Walk:
-    """The faults of one scenario, and what came of them."""
+    """The faults of one scenario, and their outcomes."""
 
     scenario: Scenario
-    root: Path  # where the stage works; always the same path
+    root: Path  # the stage's directory; always the same path
     faults: int = 0
     refused: Counter[str] = field(default_factory=Counter)
 
@@ -123,13 +123,13 @@ class Walk:
         assert not hidden(self.root), hidden(self.root)
 
     def kill_at(self, call: Call) -> None:
-        """Kill the stage instead of letting it make a call; then let it go on."""
+        """Kill the stage instead of letting it make a call; then let it resume."""
         outcome = self._with_fault(call, "signal=KILL")
         assert outcome.code == -signal.SIGKILL, f"{call}: not reached, {outcome}"
         self._survives(call)
 
     def refuse(self, call: Call, error: str, words: str) -> None:
-        """Let one call fail; the stage must say so, or have done its work all the same."""
+        """Make one call fail; the stage must report it, or finish its work anyway."""
         outcome = self._with_fault(call, f"error={error}")
         assert outcome.code in (0, 1), f"{call}: {outcome}"
         assert "Traceback" not in outcome.said, f"{call}: {outcome.said}"
@@ -157,7 +157,7 @@ class Walk:
             raise AssertionError(f"after a fault at {call}") from error
 
     def _is_whole(self) -> None:
-        """What bears a final name is the old or the new one; what was there before and after is there."""
+        """Every unit is the old or the new one, and a unit that exists before and after the stage is not missing."""
         found = self._units()
         known = {*self.old.values(), *self.new.values()}
         for name, content in found.items():
@@ -185,7 +185,7 @@ class Walk:
         shutil.copytree(self.template, self.root)
 
     def _units(self) -> dict[str, str]:
-        """The content of everything that bears a final name."""
+        """The digest of every unit, by name."""
         paths = [path for pattern in self.scenario.units for path in self.root.glob(pattern)]
         return {str(path.relative_to(self.root)): digest(path) for path in paths if not path.name.startswith(".")}
 
@@ -202,12 +202,12 @@ def digest(path: Path) -> str:
 
 
 def hidden(root: Path) -> list[Path]:
-    """What is not meant to be found when all is done."""
+    """Hidden files, which must be gone when the stage has finished."""
     return [path for path in root.rglob(".*") if path.name not in (".", "..")]
 
 
 def run(work: Callable[[Path], None], root: Path, strace: list[str] | None = None) -> Outcome:
-    """Run a stage in a forked process, as the command line would, with strace attached to it from the start."""
+    """Run a stage in a forked process as the command line does, with strace attached from the start."""
     said = root.with_name("stderr")
     errors = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     ready, go = os.pipe()
@@ -234,7 +234,7 @@ def _child(work: Callable[[Path], None], root: Path, ready: int, go: int, errors
     code = CRASHED
     try:
         os.close(go)
-        os.read(ready, 1)  # strace is there
+        os.read(ready, 1)  # strace is attached
         os.dup2(errors, 2)
         os.dup2(errors, 1)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
@@ -266,7 +266,7 @@ def _wait(pid: int, seconds: float) -> int:
 
 @cache
 def why_no_strace() -> str:
-    """Why faults cannot be injected here; empty where they can."""
+    """Why faults cannot be injected here; empty if they can."""
     if not shutil.which("strace"):
         return "no strace (Debian package strace)"
     tried = subprocess.run(

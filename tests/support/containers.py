@@ -1,7 +1,7 @@
-"""Real containers without a daemon: podman with a store of its own, and the project's image on a base made here.
+"""Real containers without a daemon: podman with its own storage, and the project's image on a base built here.
 
-The base stands for NVIDIA's: Debian's Python with a torch that pip shall not touch, constraints for pip, an entry
-point. What only a GPU would load is left out, which saves minutes. Base and layers stay in STAS_TEST_CACHE.
+The base stands in for NVIDIA's: Debian's Python with a torch that pip must not touch, constraints for pip, and an entry
+point. Libraries that only a GPU would load are left out, which saves minutes. STAS_TEST_CACHE keeps base and layers.
 """
 
 import fcntl
@@ -23,10 +23,10 @@ CACHE = Path(os.environ.get("STAS_TEST_CACHE", Path.home() / ".cache" / "stas-te
 RUN_ROOT = Path("/run") / f"stas-tests-{hashlib.sha256(str(CACHE).encode()).hexdigest()[:8]}"
 IMAGE = "localhost/stas:test"
 USER = 10001
-SUITES = {(3, 11): "bookworm", (3, 13): "trixie"}  # the Debian that has this Python, whose torch the base gets
+SUITES = {(3, 11): "bookworm", (3, 13): "trixie"}  # the Debian release with this Python, whose torch the base gets
 # overlay, because `vfs` copies all layers for each new one.
 STORE = ["--root", str(CACHE / "store"), "--runroot", str(RUN_ROOT), "--storage-driver", "overlay"]
-# A sandbox may forbid to raise limits and to make networks.
+# A sandbox may forbid raising limits and creating networks.
 CONFIGURATION = """\
 [containers]
 default_ulimits = ["nofile=1024:1024", "nproc=1000:1000"]
@@ -41,20 +41,20 @@ NVIDIA_ENTRYPOINT = """\
 echo "== stands for NVIDIA's entry point ==" >&2
 exec "$@"
 """
-# What the base has, with what it needs, out of this environment.
+# Packages that the base takes from this environment, with their dependencies.
 IN_BASE = ("torch", "torchvision")
-# Packages in name only: one that was broken before, one too old for matplotlib.
+# Empty packages: one that is broken already, one too old for matplotlib.
 STAND_INS = {"broken-before": ("1.0", "surely-not-there"), "kiwisolver": ("0.1", None)}
 CONSTRAINTS = {"einops": "0.8.1"}  # not the lock's version
 CONSTRAINT_FILE = "etc/pip/constraint.txt"
-LAYER = 2**30  # bytes of torch in a layer: while it is committed there are three copies of it
+LAYER = 2**30  # bytes of torch in a layer: while it is committed, there are three copies
 
 
 def podman(*arguments: object, check: bool = True, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-    """Run podman to its end.
+    """Run podman and wait for it.
 
     Raises:
-        AssertionError: it failed, with all that it said; unless `check` is false.
+        AssertionError: it failed, with its output; unless `check` is false.
     """
     command = ["podman", *STORE, *map(str, arguments)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout)
@@ -72,7 +72,7 @@ def environment() -> dict[str, str]:
 
 
 def missing() -> str:
-    """Why there can be no containers here; empty where there can."""
+    """Why containers cannot run here; empty if they can."""
     if os.geteuid() != 0:
         return "containers are made as root"
     if sys.version_info[:2] not in SUITES:
@@ -83,7 +83,7 @@ def missing() -> str:
 
 @pytest.fixture(scope="session")
 def base_image() -> str:
-    """Name of the base that has torch, made if it is not there yet."""
+    """Name of the base with torch, built if missing."""
     if reason := missing():
         pytest.skip(reason)
     return with_torch(bare_base())
@@ -97,7 +97,7 @@ def image(base_image: str) -> str:
 
 
 def build(context: Path, base: str, name: str, volumes: Sequence[str] = (), **arguments: str) -> str:
-    """Build the Dockerfile of a checkout on a base, with build arguments and mounts; return what the build said."""
+    """Build the Dockerfile of a checkout on a base, with build arguments and mounts; return the build's output."""
     with _building(), tempfile.TemporaryDirectory() as directory:
         options = ["--isolation", "chroot", "--network", "host", *_pip_as_here(Path(directory))]
         for key, value in {"BASE_IMAGE": base, **arguments}.items():
@@ -110,13 +110,13 @@ def build(context: Path, base: str, name: str, volumes: Sequence[str] = (), **ar
 
 
 def run_options(data: Path, workspace: Path) -> list[str]:
-    """How the tests run the image: nothing can be written but the workspace and /tmp."""
+    """Options with which the tests run the image: only the workspace and /tmp are writable."""
     options = ["--rm", "--read-only", "--read-only-tmpfs=false", "--tmpfs", "/tmp", "--env", "OMP_NUM_THREADS=1"]
     return [*options, "--volume", f"{data}:/data:ro", "--volume", f"{workspace}:/workspace"]
 
 
 def writable(directory: Path) -> Path:
-    """A directory that belongs to the image's user, in directories that it may pass."""
+    """Make a directory that belongs to the image's user and is reachable for it."""
     directory.mkdir(parents=True, exist_ok=True)
     os.chown(directory, USER, USER)
     for parent in directory.parents:
@@ -126,7 +126,7 @@ def writable(directory: Path) -> Path:
 
 
 def bare_base() -> str:
-    """Name of an image of Debian with Python and pip."""
+    """Name of a Debian image with Python and pip."""
     name = f"localhost/stas-debian:{_key(SUITES[sys.version_info[:2]], _debootstrap.__code__.co_consts)}"
     with _building():
         if podman("image", "exists", name, check=False).returncode:
@@ -136,7 +136,7 @@ def bare_base() -> str:
 
 
 def with_torch(bare: str) -> str:
-    """Name of the bare image with this environment's torch, and what else NVIDIA's images have."""
+    """Name of the bare image with this environment's torch and the other parts of NVIDIA's images."""
     packages = _closure(IN_BASE)
     versions = [f"{package.metadata['Name']}={package.version}" for package in packages]
     code = [function.__code__.co_code for function in (_layers, _copy, _add_others)]
@@ -153,7 +153,7 @@ def with_torch(bare: str) -> str:
 
 
 def _remove(repository: str) -> None:
-    """Remove older images of the same kind: they are of gigabytes."""
+    """Remove older images of the same kind, which take gigabytes."""
     for older in podman("images", "--format", "{{.Repository}}:{{.Tag}}").stdout.split():
         if older.startswith(f"{repository}:"):
             podman("image", "rm", older, check=False)
@@ -169,7 +169,7 @@ def _debootstrap(root: Path) -> None:
 
 
 def _layers(packages: Sequence[Distribution]) -> Iterator[list[tuple[Path, Path]]]:
-    """The packages' files, each with its place in site-packages, by layers."""
+    """The packages' files by layer, each with its path in site-packages."""
     loaded = _loaded_libraries()
     files: list[tuple[Path, Path]] = []
     total = 0
@@ -194,7 +194,7 @@ def _copy(files: Sequence[tuple[Path, Path]], root: Path) -> None:
     for source, place in files:
         target = _site(root) / place
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(source, target)  # with its time, which the bytecode knows
+        shutil.copy2(source, target)  # keeps the modification time, which the bytecode records
 
 
 def _site(root: Path) -> Path:
@@ -224,7 +224,7 @@ def _stand_in(site: Path, name: str, version: str, needs: str | None) -> None:
 
 
 def _closure(names: Sequence[str]) -> list[Distribution]:
-    """Installed packages with all that they need here, sorted by name."""
+    """Installed packages with all their dependencies, sorted by name."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
@@ -253,7 +253,7 @@ def _loaded_libraries() -> set[Path]:
 
 
 def _commit(fill: Callable[[Path], None], below: str, name: str | None = None, settings: Sequence[str] = ()) -> str:
-    """Make an image: `fill(root)` puts files on top of another image or of "scratch". Returns its identifier."""
+    """Make an image: `fill(root)` adds files to another image or to "scratch". Returns its identifier."""
     container = _buildah("from", "--pull-never", below)
     try:
         fill(Path(_buildah("mount", container)))
@@ -272,7 +272,7 @@ def _buildah(*arguments: str) -> str:
 
 
 def _pip_as_here(directory: Path) -> list[str]:
-    """Options of a build in which pip reaches what it reaches here: its settings, and the files that they name."""
+    """Build options that give pip the settings it has here, and the files that they name."""
     done = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True)
     settings: dict[str, str] = {}
     for line in done.stdout.splitlines():
@@ -282,7 +282,7 @@ def _pip_as_here(directory: Path) -> list[str]:
     configuration.write_text("[global]\n" + "".join(f"{key} = {value}\n" for key, value in settings.items()))
     words = " ".join(settings.values()).replace("file://", "").split()
     paths = {Path(word) for word in words if word.startswith("/") and Path(word).exists()}
-    # An index of plain files may link to its neighbours.
+    # An index of plain files may link to its neighbouring directories.
     paths = {path.parent if path.is_dir() and len(path.parts) > 2 and path.name == "simple" else path for path in paths}
     volumes = {f"{configuration}:/etc/pip.conf:ro"} | {f"{path}:{path}:ro" for path in paths}
     return [option for volume in sorted(volumes) for option in ("--volume", volume)]
@@ -294,7 +294,7 @@ def _key(*what: object) -> str:
 
 @contextmanager
 def _building() -> Iterator[None]:
-    """One process makes images at a time, and first clears away what killed ones left."""
+    """Let one process at a time make images, after removing leftovers of killed ones."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

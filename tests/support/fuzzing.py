@@ -1,4 +1,4 @@
-"""Hostile files: small real ones to begin with, ways to spoil them, and a referee who says what a reader may do."""
+"""Hostile files: small real files, ways to corrupt them, and a referee that judges what a reader does with them."""
 
 import io
 import json
@@ -18,16 +18,16 @@ from PIL import Image
 
 from stas.errors import InputDataError, UsageError
 
-# Without it, some seconds a reader and the same inputs each time; `make fuzz` sets it for new inputs each time.
+# If unset, each reader takes seconds and always gets the same inputs; `make fuzz` sets it to get new inputs each time.
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
-SLOWEST = 20.0  # seconds of processor time, which other work hardly lengthens, for one small input; most take 0.001
+SLOWEST = 20.0  # seconds of processor time, which other work hardly affects, for one small input; most take 0.001
 LONGEST_MESSAGE = 20_000  # characters
 
 PROFILE = settings(
     max_examples=EXAMPLES or 150,
     derandomize=not EXAMPLES,
     database=None,
-    deadline=None,  # the referee has its own
+    deadline=None,  # the referee has its own limit
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )
@@ -35,7 +35,7 @@ PROFILE = settings(
 
 @dataclass
 class Referee:
-    """Counts what a reader did with its inputs; anything but a result or a refusal in words is a defect."""
+    """Counts a reader's results and refusals; anything but a result or a refusal with a message is a bug."""
 
     reader: str
     inputs: int = 0
@@ -69,7 +69,7 @@ NUMBERS = [0, 1, 2, 3, 255, 256, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1, 10**
 
 @st.composite
 def spoilt(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
-    """A real file with up to six changes: bits, bytes, numbers, pieces cut out, doubled, moved, or of another file."""
+    """A real file with up to six changes: bits, bytes, numbers, pieces removed, doubled, moved, or of another file."""
     data = bytearray(draw(st.sampled_from(seeds)))
     for _ in range(draw(st.integers(1, 6))):
         place = draw(st.integers(0, max(0, len(data) - 1)))
@@ -123,7 +123,7 @@ VALUES = st.recursive(
 
 @st.composite
 def altered(draw: st.DrawFn, seeds: list[Any]) -> Any:
-    """A JSON value that was right once: up to four of its parts replaced, left out or added, at any depth."""
+    """A valid JSON value with up to four parts replaced, removed or added, at any depth."""
     value = json.loads(json.dumps(draw(st.sampled_from(seeds))))
     for _ in range(draw(st.integers(0, 4))):
         part: Any = value
@@ -148,13 +148,13 @@ def as_json(value: Any) -> bytes:
 
 
 def json_files(seeds: list[Any]) -> st.SearchStrategy[bytes]:
-    """JSON files: altered in what they say, spoilt as bytes, or anything at all."""
+    """JSON files: with altered values, with corrupted bytes, or arbitrary."""
     written = [as_json(seed) for seed in seeds]
     return st.one_of(altered(seeds).map(as_json), spoilt(written), VALUES.map(as_json), st.binary(max_size=40))
 
 
 def repair_png(data: bytes) -> bytes:
-    """The same chunks with right checksums, so that a spoilt one is decoded and not only refused."""
+    """The same chunks with correct checksums, so that a corrupted chunk is decoded and not just refused."""
     result, place = bytearray(data[:8]), 8
     while place + 8 <= len(data):
         (length,) = struct.unpack_from(">I", data, place)
@@ -165,7 +165,7 @@ def repair_png(data: bytes) -> bytes:
 
 
 def pictures() -> dict[str, list[bytes]]:
-    """Small pictures of every mode by format."""
+    """Small images of every mode, by format."""
     random = np.random.default_rng(0)
     rgb = Image.fromarray(random.integers(0, 256, (21, 33, 3), np.uint8))
     exif = Image.Exif()

@@ -1,8 +1,8 @@
-"""What the Job controller and the kubelet do with a Job, on this machine: its pods run as real containers in podman.
+"""A stand-in for the Job controller and the kubelet: runs a Job's pods as real containers in podman.
 
-`podman kube play` takes a pod's YAML. It leaves out what is done here: one pod for each index, its label and variable;
-ConfigMaps and the downward API; $(VAR) in arguments; claims and empty directories as directories; what becomes of a
-failed pod by podFailurePolicy. GPUs, nodes, the pods' own network and evictions by size there are none.
+`podman kube play` takes a pod's YAML. This module adds the rest: one pod per index with its label and variable;
+ConfigMaps and the downward API; $(VAR) in arguments; directories for claims and emptyDirs; podFailurePolicy for failed
+pods. It does not imitate GPUs, nodes, pod networks or evictions by size.
 """
 
 import os
@@ -24,12 +24,12 @@ from tests.support.containers import podman
 
 Manifest = dict[str, Any]
 INDEX_KEY = "batch.kubernetes.io/job-completion-index"
-# kube play forgets an init container that has ended, unless it is told to run it at each start.
+# kube play forgets a finished init container unless it must run at each start.
 KEEP_INIT = {"io.podman.annotations.init.container.type": "always"}
 
 
 def kubectl() -> str | None:
-    """The environment's own kubectl, else that of the path."""
+    """The kubectl of this environment, or else the one on the PATH."""
     return shutil.which("kubectl", path=Path(sys.executable).parent) or shutil.which("kubectl")
 
 
@@ -41,13 +41,13 @@ def render(directory: Path) -> list[Manifest]:
 
 
 def find(objects: Sequence[Manifest], kind: str, name: str) -> Manifest:
-    """The one object of a kind and name."""
+    """The only object of a kind and name."""
     (found,) = [each for each in objects if each["kind"] == kind and each["metadata"]["name"] == name]
     return found
 
 
 def containers(pod: Manifest) -> list[Manifest]:
-    """A pod specification's containers, in the order in which they start."""
+    """A pod specification's containers, in starting order."""
     return [*pod.get("initContainers", []), *pod["containers"]]
 
 
@@ -55,23 +55,23 @@ def containers(pod: Manifest) -> list[Manifest]:
 class Attempt:
     """How a pod ended."""
 
-    code: int  # of the container that decided
+    code: int  # of the container that determined the outcome
     container: str  # its name
     log: str  # of all containers
 
 
 @dataclass
 class Node:
-    """This machine, as Kubernetes sees it."""
+    """This machine as a Kubernetes node."""
 
-    image: str  # in place of the manifests'
-    config: Mapping[str, str]  # what the ConfigMap says here
-    claims: Mapping[str, Path]  # where a persistent volume claim is bound
-    scratch: Path  # for empty directories and pods' YAML
-    subdomain: str = "stas"  # of the pods' names, as a headless service gives it
+    image: str  # replaces the manifests' image
+    config: Mapping[str, str]  # the ConfigMap's values
+    claims: Mapping[str, Path]  # the directory of each persistent volume claim
+    scratch: Path  # for emptyDirs and pods' YAML
+    subdomain: str = "stas"  # in the pods' host names, as a headless service sets it
 
     def run_job(self, job: Manifest, attempts: int = 5) -> dict[int, list[Attempt]]:
-        """Run all indexes of a Job, one after the other, each until its policy says that it is done."""
+        """Run all indexes of a Job in sequence, each until its policy ends it."""
         spec = job["spec"]
         history: dict[int, list[Attempt]] = {}
         for index in range(spec.get("completions", 1)):
@@ -88,7 +88,7 @@ class Node:
         return history
 
     def pod(self, job: Manifest, index: int, labels: Mapping[str, str] | None = None) -> Manifest:
-        """The pod that the Job controller and the kubelet make of a Job's template for an index."""
+        """The pod that the Job controller and the kubelet make from a Job's template for an index."""
         template = deepcopy(job["spec"]["template"])
         name = f"{job['metadata']['name']}-{index}-{secrets.token_hex(3)}"
         spec = template["spec"]
@@ -97,7 +97,7 @@ class Node:
         spec["volumes"] = [self._volume(volume, spec, name) for volume in spec["volumes"]]
         spec["hostNetwork"] = True
         spec["hostname"] = f"{job['metadata']['name']}-{index}"
-        # The kubelet, too, mounts this file, with the pod itself; the others it would learn of by DNS.
+        # The kubelet also mounts this file, but only with the pod itself; it finds other pods by DNS.
         hosts = self.scratch / f"{name}-hosts"
         hosts.write_text("127.0.0.1 localhost\n" + self._addresses(job))
         spec["volumes"].append({"name": "hosts", "hostPath": {"path": str(hosts), "type": "File"}})
@@ -108,20 +108,20 @@ class Node:
             container["args"] = [expand(word, variables) for word in container["args"]]
             container["env"] = [{"name": key, "value": value} for key, value in variables.items()]
             container.pop("envFrom", None)
-            # Pretend GPUs are none.
+            # There are no GPUs here.
             for amounts in container["resources"].values():
                 amounts.pop("nvidia.com/gpu", None)
         metadata = {"name": name, "labels": own, "annotations": KEEP_INIT}
         return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
 
     def run_pod(self, pod: Manifest) -> Attempt:
-        """Run a pod to its end."""
+        """Run a pod until it ends."""
         with self.started(pod) as name:
             return self.ended(pod, name)
 
     @contextmanager
     def started(self, pod: Manifest) -> Iterator[str]:
-        """A pod whose init containers have ended; its name. Removed at the end."""
+        """Start a pod and wait for its init containers; yield its name. The pod is removed at the end."""
         name = pod["metadata"]["name"]
         file = self.scratch / f"{name}.yaml"
         file.write_text(yaml.safe_dump(pod))
@@ -138,7 +138,7 @@ class Node:
             yield name
 
     def ended(self, pod: Manifest, name: str) -> Attempt:
-        """Wait for a started pod; which of its containers decided."""
+        """Wait until a started pod ends; return its outcome."""
         log, code, decided = [], 0, ""
         for container in containers(pod["spec"]):
             decided = container["name"]
@@ -152,14 +152,14 @@ class Node:
         return Attempt(code, decided, "\n".join(log))
 
     def at_work(self, name: str) -> bool:
-        """Whether a started pod's main container still runs."""
+        """Whether a started pod's main container is still running."""
         return podman("inspect", f"{name}-stas", "--format", "{{.State.Status}}").stdout.strip() == "running"
 
     def _code(self, pod: str, container: str) -> int:
         return int(podman("inspect", f"{pod}-{container}", "--format", "{{.State.ExitCode}}").stdout)
 
     def _addresses(self, job: Manifest) -> str:
-        """Each index of a Job by its names, with an address of its own on this machine."""
+        """Lines of a hosts file: each index of a Job by its names, with its own address on this machine."""
         names = [f"{job['metadata']['name']}-{index}" for index in range(job["spec"].get("completions", 1))]
         return "".join(f"127.0.1.{i + 1} {name}.{self.subdomain} {name}\n" for i, name in enumerate(names))
 
@@ -185,7 +185,7 @@ class Node:
             return {"name": volume["name"], "hostPath": {"path": str(path), "type": "Directory"}}
         path = self.scratch / pod / volume["name"]
         path.mkdir(parents=True, exist_ok=True)
-        path.chmod(0o777)  # as the kubelet makes them
+        path.chmod(0o777)  # as the kubelet does
         host: Manifest = {"name": volume["name"], "hostPath": {"path": str(path), "type": "Directory"}}
         if volume["emptyDir"].get("medium") == "Memory":
             host["tmpfs"] = volume["emptyDir"]["sizeLimit"]
@@ -193,7 +193,7 @@ class Node:
 
 
 def expand(word: str, variables: Mapping[str, str]) -> str:
-    """An argument as the kubelet reads it: $(VAR) by its value, an unknown one left as it is, $$ for a dollar."""
+    """Expand an argument as the kubelet does: $(VAR) to its value, unknown variables unchanged, $$ to a dollar."""
     return re.sub(
         r"\$(?:\$|\(([A-Za-z_.-][\w.-]*)\))",
         lambda match: "$" if match[0] == "$$" else variables.get(match[1], match[0]),
@@ -202,7 +202,7 @@ def expand(word: str, variables: Mapping[str, str]) -> str:
 
 
 def verdict(spec: Manifest, code: int) -> str:
-    """What a Job makes of a pod that ended with an exit code: Complete, Ignore, FailIndex, FailJob or Count."""
+    """How a Job handles a pod that ended with an exit code: Complete, Ignore, FailIndex, FailJob or Count."""
     if code == 0:
         return "Complete"
     for rule in spec["podFailurePolicy"]["rules"]:
@@ -213,7 +213,7 @@ def verdict(spec: Manifest, code: int) -> str:
 
 
 def _give_to_group(directory: Path, group: int) -> None:
-    """What fsGroup does with a volume, and `OnRootMismatch` does once: group and its right to write."""
+    """Give a volume to a group with write permission, as fsGroup does (`OnRootMismatch`: once)."""
     if directory.stat().st_gid != group:
         for path in (directory, *directory.rglob("*")):
             os.chown(path, -1, group)

@@ -1,4 +1,4 @@
-"""Start `stas` as its users do: in processes of its own."""
+"""Start `stas` in separate processes, as its users do."""
 
 import os
 import subprocess
@@ -9,18 +9,18 @@ from contextlib import contextmanager, suppress
 
 import psutil
 
-PATIENCE = 600.0  # seconds until a test gives up waiting: a busy machine may take many times as long as a quiet one
+PATIENCE = 600.0  # seconds until a test gives up: a busy machine may take many times as long as a quiet one
 
 
 def stas(*arguments: object, ranks: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end, alone or as `ranks` processes under torchrun."""
+    """Run a command and wait for it, alone or as `ranks` processes under torchrun."""
     line, variables = command(arguments, ranks), os.environ | QUIET | environment
     return subprocess.run(line, env=variables, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @contextmanager
 def started(line: Sequence[str], **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """A process under way. If it still runs at the end, it and its children are killed: a failed test must not hang."""
+    """A running process. At the end it and its children are killed, so that a failed test does not hang."""
     with subprocess.Popen(line, env=os.environ | QUIET | environment, stderr=subprocess.PIPE, text=True) as process:
         try:
             yield process
@@ -32,7 +32,7 @@ def started(line: Sequence[str], **environment: str) -> Iterator[subprocess.Pope
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
-    """Wait for an event of another process; fail if it does not come."""
+    """Wait for a condition that another process fulfils; fail after `seconds`."""
     end, pause = time.monotonic() + seconds, 0.01
     while not condition():
         assert time.monotonic() < end, f"waited {seconds:.0f} s for {what}"
@@ -44,7 +44,7 @@ def command(arguments: Sequence[object], ranks: int = 0) -> list[str]:
     stage = ["stas", *map(str, arguments)]
     if not ranks:
         return [sys.executable, "-m", *stage]
-    # "--" keeps torchrun from reading --run as an option of its own.
+    # "--" keeps torchrun from reading --run as its own option.
     return [
         sys.executable,
         "-m",

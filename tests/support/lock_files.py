@@ -1,4 +1,4 @@
-"""Locks that others left."""
+"""Locks left by other processes."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The tiny recipe, how tests change it, and what makes two runs the same."""
+"""The tiny recipe, ways to change it, and the comparison of two runs."""
 
 import torch
 import yaml
@@ -12,7 +12,7 @@ FIGURES = ("train_loss", "val_loss", "val_dice", "lr", "best")
 TINY = {
     "name": "tiny",
     "data": {"size": 64, "split": {"kind": "fraction", "fraction": 0.3}},
-    # No batch normalisation, whose statistics are each rank's own: ranks and single process must agree.
+    # No batch normalisation: each rank computes its own statistics, and ranks must agree with a single process.
     "model": {
         "library": "monai",
         "architecture": "UNet",
@@ -41,7 +41,7 @@ def weights(run, which="last"):
 
 
 def assert_same_run(one, other):
-    """Equal to the bit: every epoch's figures, weights and optimiser state."""
+    """Check that every epoch's figures, the weights and the optimiser state are equal to the bit."""
     assert figures(one) == figures(other)
     first, second = (load_checkpoint(run.checkpoint("last")) for run in (one, other))
     for key, value in (first.network | first.optimizer).items():

@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes on this machine, with four pretend GPUs each, and munge of its own."""
+"""A real Slurm of two nodes on this machine, with four fake GPUs each, and its own munge."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.support.launch import PATIENCE, wait_until
 
 DAEMONS = ("munged", "slurmctld", "slurmd", "slurmstepd")
-# Not files of real devices, but Slurm counts and hands them out all the same.
+# These are not GPUs, but Slurm counts and allocates them like GPUs.
 PRETEND_GPUS = "/dev/null,/dev/zero,/dev/full,/dev/random"
 ACTIVE = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED"}
 
@@ -29,12 +29,12 @@ def why_not() -> str | None:
 
 @dataclass(frozen=True)
 class Slurm:
-    """A running cluster; `environment` makes the client commands speak to it."""
+    """A running cluster; with `environment`, client commands talk to it."""
 
     environment: dict[str, str]
 
     def run(self, *line: object, **environment: str) -> str:
-        """What a client command prints."""
+        """Run a client command; return its output."""
         done = subprocess.run(
             list(map(str, line)),
             env=self.environment | environment,
@@ -47,12 +47,12 @@ class Slurm:
         return done.stdout.strip()
 
     def facts(self, job: str) -> list[dict[str, str]]:
-        """What `scontrol show job` says, one dictionary for each task of an array."""
+        """Output of `scontrol show job`, one dictionary per task of an array."""
         lines = self.run("scontrol", "--oneliner", "show", "job", job).splitlines()
         return [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines]
 
     def states(self, job: str) -> list[str]:
-        """The states of a job's tasks, in order of their numbers."""
+        """The states of a job's tasks, in order of number."""
         facts = sorted(self.facts(job), key=lambda fact: int(fact.get("ArrayTaskId", "0").split("-")[0]))
         return [fact["JobState"] for fact in facts]
 
@@ -113,8 +113,8 @@ def _free_ports(count: int) -> list[int]:
 
 def _configuration(root: Path) -> str:
     controller, first, second = _free_ports(3)
-    # config_overrides: the nodes are taken to have the 16 cores that the jobs ask for. A credential's short life lets a
-    # requeued job start again after seconds instead of two minutes.
+    # config_overrides: Slurm believes that the nodes have the 16 cores that jobs request. Credentials expire soon, so
+    # that a requeued job starts again after seconds instead of two minutes.
     return f"""
 ClusterName=test
 SlurmctldHost={socket.gethostname()}(127.0.0.1)

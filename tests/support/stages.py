@@ -1,4 +1,4 @@
-"""Every stage as a command, on a workspace that holds what each needs."""
+"""Every stage as a command, on a workspace that has what each needs."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def stages(sample: Path, recipe: Path, workspace: Path) -> dict[str, tuple[objec
 
 @pytest.fixture(scope="module")
 def finished(sample: Path, tiny: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """A workspace with a store, a run and three sets of predictions."""
+    """A workspace with a store, a run and three prediction sets."""
     workspace = Workspace(tmp_path_factory.mktemp("finished"))
     preprocess([sample / "Train_Images"], [sample / "Train_Annotations"], workspace, tiny.data, workers=1)
     train(tiny, workspace, "member")

@@ -39,7 +39,7 @@ def scaled(scale: float) -> StoreSpec:
 
 
 def build_scaled(directory: Path, scale: float, shapes: Sequence[tuple[int, int]]) -> Store:
-    """A store of one picture of each shape, (height, width)."""
+    """A store of one image for each shape, (height, width)."""
     with build_store(directory, scaled(scale)) as writer:
         assert writer
         for seed, shape in enumerate(shapes):
