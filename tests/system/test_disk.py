@@ -13,7 +13,7 @@ import pytest
 from stas.system.files import disk_trouble, exchange
 from tests.support.launch import stas
 from tests.support.runs import recipe_file
-from tests.support.stages import content, stages
+from tests.support.stages import content, finished, stages  # noqa: F401  a fixture
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +61,7 @@ def remount(directory: Path, options: str) -> None:
 
 @pytest.mark.parametrize("stage", ["preprocess", "train", "infer", "vote", "evaluate"])
 @pytest.mark.parametrize("kind", ["full", "read-only"])
-def test_a_volume_that_cannot_be_written(volume, finished, sample, tiny, tmp_path, stage, kind):
+def test_a_volume_that_cannot_be_written(volume, finished, sample, tiny, tmp_path, stage, kind):  # noqa: F811
     workspace = volume / "ws"
     shutil.copytree(finished.root, workspace)
     if stage == "preprocess":
