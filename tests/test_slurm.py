@@ -132,7 +132,8 @@ def test_the_chain_goes_from_annotations_to_voted_masks(slurm: Slurm, site: Simp
 
 
 def test_a_member_that_fails_leaves_the_others_and_the_vote_says_who_is_missing(slurm: Slurm, site: SimpleNamespace):
-    (site.root / "broken.yaml").write_text(yaml.safe_dump(TINY | {"name": "broken", "data": {"size": 96}}))
+    broken = TINY | {"name": "broken", "data": TINY["data"] | {"size": 96}}
+    (site.root / "broken.yaml").write_text(yaml.safe_dump(broken))
     ensemble = write_ensemble(site.root / "with-broken.yaml", "one", "broken", "three")
     # There is no store of 96 pixels, because preprocess ran for another ensemble.
     train = submit(slurm, site, "train", ENSEMBLE=str(ensemble))
