@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import re
 import shutil
 import uuid
@@ -90,7 +91,7 @@ def building(output: Output, patience: float = math.inf, keep: bool = False) -> 
             _publish(partial, output)
         finally:
             if not keep:
-                shutil.rmtree(partial, ignore_errors=True)
+                _remove(partial)
 
 
 def write_manifest(directory: Path, output: Output, finished: bool = True, **content: Any) -> None:
@@ -158,6 +159,8 @@ def check_replaceable(directory: Path, kind: Kind) -> None:
         UsageError: there is a file, a directory of another kind or without our manifest, or a directory in which a
             file was added or changed since it was made.
     """
+    if directory.name in ("", ".."):
+        raise UsageError(f"{directory}: has no name of its own: name a new directory, such as {directory / 'results'}")
     remedy = "it will not be replaced: use another name, or move it away"
     if not directory.exists() and not directory.is_symlink():
         return
@@ -172,7 +175,7 @@ def check_replaceable(directory: Path, kind: Kind) -> None:
         raise UsageError(f"{directory}: not known to be stas's own {kind} ({error}); {remedy}") from error
     recorded = content["files"]
     names = {str(path.relative_to(directory)): path for path in found if path != paths.manifest_file(directory)}
-    foreign = [name for name, path in names.items() if recorded.get(name) != path.stat().st_size]
+    foreign = [name for name, path in names.items() if (size := _size(path)) is None or recorded.get(name) != size]
     if foreign:
         raise UsageError(f"{directory}: files were added or changed since it was made ({named(foreign)}); {remedy}")
 
@@ -215,13 +218,24 @@ def _publish(partial: Path, output: Output) -> None:
 def _remove_leftovers(final: Path, keep: Path | None) -> None:
     """Remove or restore what killed processes left beside a directory. The caller must hold the lock."""
     for aside in _leftovers(final, "old"):
-        if not final.exists():  # killed between the two renames of `_publish`
+        whole = paths.manifest_file(aside).is_file() and not aside.is_symlink()
+        if whole and not final.exists():  # killed between the two renames of `_publish`
             aside.rename(final)
             log.warning("%s: restored; a process was killed while replacing it", final)
-        shutil.rmtree(aside, ignore_errors=True)
+        else:
+            _remove(aside)
     for partial in _leftovers(final, "partial"):
-        if partial != keep:
-            shutil.rmtree(partial, ignore_errors=True)
+        # A link could lead to someone's files, which resuming would change.
+        if partial != keep or partial.is_symlink() or not partial.is_dir():
+            _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    """Remove a directory tree; of a link, only the link itself."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _resume(output: Output) -> None:
@@ -236,13 +250,30 @@ def _resume(output: Output) -> None:
 
 def _differences(directory: Path, recorded: dict[str, Any]) -> bool:
     """Whether a recorded file is missing or has another size."""
-    sizes = {str(path.relative_to(directory)): path.stat().st_size for path in _files(directory)}
+    sizes = {str(path.relative_to(directory)): _size(path) for path in _files(directory)}
     return any(sizes.get(name) != size for name, size in recorded.items())
 
 
 def _files(directory: Path) -> list[Path]:
-    """All files below a directory, sorted, except those left by file browsers."""
-    return sorted(path for path in directory.rglob("*") if not path.is_dir() and path.name not in BYSTANDERS)
+    """All files and links below a directory, sorted, except those left by file browsers."""
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # another process has just replaced it
+            raise error
+
+    found: list[Path] = []
+    for place, directories, files in os.walk(directory, onerror=refuse):
+        links = [name for name in directories if Path(place, name).is_symlink()]
+        found += [Path(place, name) for name in (*files, *links) if name not in BYSTANDERS]
+    return sorted(found)
+
+
+def _size(path: Path) -> int | None:
+    """A file's size in bytes; None for anything else, such as a link that leads to no file."""
+    try:
+        return path.stat().st_size if path.is_file() else None
+    except FileNotFoundError:  # another process has just replaced the directory
+        return None
 
 
 def _leftovers(final: Path, suffix: str) -> list[Path]:

@@ -163,3 +163,69 @@ def test_the_manifest_lists_every_file_with_its_size(tmp_path: Path):
 def test_only_ten_cases_are_named():
     assert named("abc") == "a, b, c"
     assert named("abcdefghijkl") == "a, b, c, d, e, f, g, h, i, j and 2 more"
+
+
+def test_links_added_by_a_user_keep_a_directory_from_being_replaced(tmp_path: Path):
+    (tmp_path / "data").mkdir()
+    places = {"links": tmp_path / "data", "made": tmp_path / "data", "dangling": tmp_path / "gone", "loop": "link"}
+    for name, target in places.items():
+        if name == "links":  # a directory of nothing but links to directories
+            (tmp_path / name).mkdir()
+        else:
+            made(tmp_path / name)
+        (tmp_path / name / "link").symlink_to(target)
+        with pytest.raises(UsageError, match=r"not known to be stas's own|added or changed"):
+            made(tmp_path / name, "new")
+        assert (tmp_path / name / "link").is_symlink()
+
+
+def test_a_directory_that_cannot_be_listed_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made(tmp_path / "set")
+    (tmp_path / "set" / "locked").mkdir()
+    listed = publish.os.scandir
+
+    def refused_listing(path: str):
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", path)
+        return listed(path)
+
+    monkeypatch.setattr(publish.os, "scandir", refused_listing)
+    with pytest.raises(PermissionError):
+        made(tmp_path / "set", "new")
+    assert (tmp_path / "set" / "a.png").read_text() == "old"
+
+
+@pytest.mark.parametrize("suffix", ["old", "partial"])
+def test_links_in_the_places_of_leftovers_lead_nowhere(tmp_path: Path, suffix: str):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / ".draft.tmp").write_text("precious")
+    output = Output(tmp_path / "set", "vote", {"from": "new"})
+    with pytest.raises(ZeroDivisionError), building(output, keep=True):
+        raise ZeroDivisionError
+    (partial,) = tmp_path.glob(".set.*.partial")
+    partial.rmdir()
+    link = partial if suffix == "partial" else tmp_path / ".set.0123456789ab.old"
+    link.symlink_to(victim)
+    (tmp_path / ".set.ba9876543210.old").write_text("not a directory")
+    with building(output, keep=True) as partial:
+        assert partial
+        write_manifest(partial, output)
+    assert names(tmp_path) == ["set", "victim"] and not output.directory.is_symlink()
+    assert names(victim) == [".draft.tmp"]
+
+
+def test_a_half_removed_directory_is_not_restored(tmp_path: Path):
+    """The process was killed while removing the older result, and then the newer one was deleted by hand."""
+    (tmp_path / ".set.0123456789ab.old").mkdir()
+    (tmp_path / ".set.0123456789ab.old" / "b.png").write_text("old")
+    assert is_finished(made(tmp_path / "set"))
+    assert names(tmp_path) == ["set"]
+
+
+@pytest.mark.parametrize("name", [".", ".."])
+def test_a_directory_without_a_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UsageError, match="has no name of its own"):
+        check_replaceable(Path(name), "vote")
