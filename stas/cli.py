@@ -20,7 +20,7 @@ from stas.errors import (
     TrainingError,
     UsageError,
 )
-from stas.paths import Workspace, default_workspace, status_file
+from stas.paths import VOTE, Workspace, default_workspace, status_file
 from stas.system.files import disk_trouble
 from stas.system.resources import keep_freed_memory
 
@@ -161,7 +161,7 @@ def _vote(options: argparse.Namespace) -> None:
             ensemble = _scored_ensemble(options)
             runs, ties = ensemble.runs, ties or (None if options.soft else ensemble.ties)
         members = [workspace.predictions(_set_name(run, options)) for run in runs]
-        out = options.out or workspace.predictions(options.name or _set_name("vote", options))
+        out = options.out or workspace.predictions(options.name or _set_name(VOTE, options))
     vote(
         members,
         out,
@@ -179,7 +179,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     predictions = options.predictions
     if options.ensemble:
         workspace = _workspace(options)
-        names = [*_scored_ensemble(options).runs, "vote"]
+        names = [*_scored_ensemble(options).runs, VOTE]
         predictions = [workspace.predictions(_set_name(name, options)) for name in names]
     evaluate(
         predictions,

@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from stas.config import Recipe, Section, Split
 from stas.errors import UsageError
+from stas.paths import VOTE, check_name
 from stas.recipe import explain, is_section, load_recipe, read_yaml, recipe_beside
 from stas.system.untrusted import shown
 
@@ -152,6 +153,13 @@ def _member(entry: _Member, split: dict[str, Any], path: Path, overrides: Sequen
 
 def _check_runs(members: Sequence[Member], path: Path) -> None:
     runs = [member.run for member in members]
+    for run in runs:
+        try:
+            check_name("run", run)
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from None
+    if VOTE in runs:  # as the name of a prediction set it belongs to the ensemble's own vote
+        raise UsageError(f"{path}: a member is called {VOTE}, as the ensemble's vote is: give it another `run`")
     twice = sorted({run for run in runs if runs.count(run) > 1})
     if twice:
         raise UsageError(f"{path}: two members are called {', '.join(twice)}: give each its own `run`")

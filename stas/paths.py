@@ -16,6 +16,7 @@ from pathlib import Path
 from stas.errors import UsageError
 
 STATUS_DIRECTORY = "STAS_STATUS_DIR"
+VOTE = "vote"  # name of an ensemble's vote among the prediction sets
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,13 @@ class Workspace:
 
     def dataset(self, label: str, form: str) -> Path:
         """The pointer to the newest store for a label and a size or scale, such as 800x800 or scale0.5."""
-        return self.stores / f"{_checked('label', label)}-{form}.json"
+        return self.stores / f"{check_name('label', label)}-{form}.json"
 
     def run(self, name: str) -> "RunPaths":
-        return RunPaths(self.root / "runs" / _checked("run", name))
+        return RunPaths(self.root / "runs" / check_name("run", name))
 
     def predictions(self, name: str) -> Path:
-        return self.root / "predictions" / _checked("prediction set", name)
+        return self.root / "predictions" / check_name("prediction set", name)
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,12 @@ def status_file() -> Path | None:
     return Path(value) / str(os.getpid()) if value else None
 
 
-def _checked(what: str, name: str) -> str:
-    """Return `name` if it is a plain path component, so that it cannot leave the workspace."""
+def check_name(what: str, name: str) -> str:
+    """Return `name` if it is a plain path component, so that it cannot leave the workspace.
+
+    Raises:
+        UsageError: it is not; `what` says what the name is for.
+    """
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}", name):
         raise UsageError(
             f"{what} {name!r} cannot be a directory name: use 1 to 100 letters, digits and _ . + -, "
