@@ -16,6 +16,7 @@ from pathlib import Path
 from stas.errors import UsageError
 
 STATUS_DIRECTORY = "STAS_STATUS_DIR"
+PLAIN_NAME = "[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}"  # of a run, a store, a set or a label: it cannot leave a directory
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def status_file() -> Path | None:
 
 def _checked(what: str, name: str) -> str:
     """Return `name` if it is a plain path component, so that it cannot leave the workspace."""
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}", name):
+    if not re.fullmatch(PLAIN_NAME, name):
         raise UsageError(
             f"{what} {name!r} cannot be a directory name: use 1 to 100 letters, digits and _ . + -, "
             "beginning with a letter, a digit or _"
