@@ -3,13 +3,14 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stas import paths
 from stas.data.images import read_grey, read_member_mask, write_mask, write_probability
+from stas.ensemble import Ties
 from stas.errors import InputDataError, UsageError
 from stas.results.predictions import Member, list_members, log_graded, pixel_digest
 from stas.system.publish import Output, building, check_replaceable, named, write_manifest
@@ -18,8 +19,6 @@ from stas.system.threads import in_threads
 log = logging.getLogger(__name__)
 
 MAX_WEIGHT = 1000  # summed over members, times a 16-bit probability, this stays far below 64 bits
-
-Ties = Literal["foreground", "background"]
 
 
 def vote(
