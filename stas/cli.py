@@ -82,7 +82,14 @@ def _launch(options: argparse.Namespace) -> int:
     from stas.launch import launch
 
     return launch(
-        options.stage, main, check, options.processes, options.nodes, options.rendezvous, options.job, options.node
+        options.stage,
+        run=main,
+        check=check,
+        processes=options.processes,
+        nodes=options.nodes,
+        rendezvous=options.rendezvous,
+        job=options.job,
+        node=options.node,
     )
 
 
@@ -232,7 +239,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
     recipe = load_recipe(options.recipe, options.set) if options.recipe else None
     workspace = options.workspace or default_workspace()
-    return 0 if doctor(Path(workspace) if workspace else None, recipe) else 1
+    return EXIT_OK if doctor(Path(workspace) if workspace else None, recipe) else EXIT_FAILED
 
 
 def _workspace(options: argparse.Namespace) -> Workspace:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+MAX_INPUT_SIDE = 8192  # pixels, of the network's input
 MANY = 10**9  # upper limit of every count: Python refuses to print some larger numbers
 # Arguments of timm's create_model and smp's encoders that choose where weights come from: only model.weights may.
 _WEIGHT_SOURCES = {
@@ -15,8 +16,6 @@ _WEIGHT_SOURCES = {
     "checkpoint_path",
     "cache_dir",
 }
-
-
 # The keys of data.split that each kind reads.
 _SPLIT_KEYS = {
     "first": {"kind", "count"},
@@ -93,8 +92,10 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _sensible(self) -> "Data":
-        if not all(32 <= side <= 8192 for side in self.size):
-            raise ValueError(f"size {self.size} is not usable: height and width must each be 32 to 8192 pixels")
+        if not all(32 <= side <= MAX_INPUT_SIDE for side in self.size):
+            raise ValueError(
+                f"size {self.size} is not usable: height and width must each be 32 to {MAX_INPUT_SIDE} pixels"
+            )
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std go together: give both or neither")
         if self.std is not None and min(self.std) <= 0:
@@ -193,6 +194,14 @@ class Optimizer(Section):
     rectify: bool = Field(default=False, description="adabelief: use RAdam's rectification")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="sgd: momentum factor; 0 is plain SGD")
     nesterov: bool = Field(default=False, description="sgd: use Nesterov momentum, which needs momentum above 0")
+
+    @model_validator(mode="after")
+    def _accepted_by_torch(self) -> "Optimizer":
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas {self.betas}: each must be at least 0 and below 1, as in (0.9, 0.99)")
+        if self.name == "sgd" and self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs optimizer.momentum above 0, such as 0.9; without momentum leave it out")
+        return self
 
 
 class Schedule(Section):

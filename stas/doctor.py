@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from stas.config import Recipe
+from stas.config import Data, Recipe, Train
 from stas.errors import UsageError
 from stas.system.resources import GIB, cores, nvml, usage
 
@@ -85,8 +85,8 @@ def doctor(workspace: Path | None, recipe: Recipe | None) -> bool:
     parts: list[tuple[str, Callable[[], Iterable[Finding]]]] = [
         ("Software", lambda: [python_version(sys.version_info[:2]), *packages()]),
         ("Machine", lambda: [*host(), shared_memory(usage().get("shm_total_gib"))]),
-        ("Devices", lambda: devices(recipe)),
-        ("Workspace", lambda: workspace_findings(workspace, recipe)),
+        ("Devices", lambda: devices(recipe and recipe.train)),
+        ("Workspace", lambda: workspace_findings(workspace, recipe and recipe.data)),
         ("Pretrained weights", lambda: weights(recipe)),
     ]
     counts = {"ok": 0, "warn": 0, "FAIL": 0}
@@ -166,8 +166,8 @@ def shared_memory(total_gib: float | None) -> Finding:
     return Finding("ok", "/dev/shm", found)
 
 
-def devices(recipe: Recipe | None) -> Iterator[Finding]:
-    """The GPUs, whether this torch has code for them, the recipe's precision, NCCL and gloo."""
+def devices(train: Train | None) -> Iterator[Finding]:
+    """The GPUs, whether this torch has code for them, the precision of a recipe's `train` section, NCCL and gloo."""
     import torch
 
     driver = _driver()
@@ -187,8 +187,8 @@ def devices(recipe: Recipe | None) -> Iterator[Finding]:
         capability = (properties.major, properties.minor)
         yield architecture(f"GPU {number}", found, capability, torch.cuda.get_arch_list())
     capabilities = [torch.cuda.get_device_capability(number) for number in range(count)]
-    if recipe:
-        yield precision(recipe.train.precision, capabilities)
+    if train:
+        yield precision(train.precision, capabilities)
     yield from communication(count)
 
 
@@ -303,7 +303,7 @@ def communication(gpus: int) -> Iterator[Finding]:
         )
 
 
-def workspace_findings(workspace: Path | None, recipe: Recipe | None) -> Iterator[Finding]:
+def workspace_findings(workspace: Path | None, data: Data | None) -> Iterator[Finding]:
     """Check that the workspace can be written, its free space, and whether LMDB may be read on it."""
     from stas.system.filesystems import NETWORK_FILE_SYSTEMS, file_system_type
 
@@ -312,7 +312,7 @@ def workspace_findings(workspace: Path | None, recipe: Recipe | None) -> Iterato
         return
     directory = next((path for path in (workspace.absolute(), *workspace.absolute().parents) if path.exists()), Path())
     yield writable(workspace, directory)
-    yield free_space(shutil.disk_usage(directory).free / GIB, recipe.data.size if recipe else (800, 800))
+    yield free_space(shutil.disk_usage(directory).free / GIB, (data or Data()).size)
     kind = file_system_type(directory)
     if kind in NETWORK_FILE_SYSTEMS:
         yield Finding(
@@ -342,7 +342,8 @@ def free_space(free_gib: float, size: tuple[int, int]) -> Finding:
     found = f"{free_gib:.1f} GiB free"
     if free_gib < 5:
         each = size[0] * size[1] * 4 / 2**20  # RGB and mask, one byte each
-        need = f"a store takes about {each:.1f} MiB per image at {size[1]} x {size[0]}, a run up to a few GiB"
+        pixels = f"{size[1]} x {size[0]} pixels (width x height)"
+        need = f"a store takes about {each:.1f} MiB per image at {pixels}, a run up to a few GiB"
         return Finding("warn", "free disk", found, f"make room: {need}")
     return Finding("ok", "free disk", found)
 

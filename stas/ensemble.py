@@ -21,7 +21,7 @@ _HOW_TO_WRITE = (
     "`ties: foreground`"
 )
 
-Ties = Literal["foreground", "background"] | None
+Ties = Literal["foreground", "background"]
 
 
 class _Member(Section):
@@ -45,7 +45,7 @@ class _Member(Section):
 
 class _File(Section):
     members: list[_Member] = Field(min_length=1, max_length=MAX_MEMBERS)
-    ties: Ties = None
+    ties: Ties | None = None
     folds: int | None = Field(default=None, ge=2, le=MAX_MEMBERS, description="members of each recipe, one per fold")
 
 
@@ -68,7 +68,7 @@ class Ensemble:
     """
 
     members: tuple[Member, ...]
-    ties: Ties
+    ties: Ties | None
     folds: int | None = None
 
     @property

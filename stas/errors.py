@@ -8,7 +8,7 @@ EXIT_RESUMABLE = 75
 
 
 class UsageError(ValueError):
-    """A wrong option or recipe; nothing was started. Exit code 2."""
+    """A wrong option or recipe. Exit code 2."""
 
 
 class InputDataError(ValueError):

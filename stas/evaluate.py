@@ -98,12 +98,7 @@ def evaluate(
             write_manifest(partial, output, finished=complete)
     try:
         text = table(summary)
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-    ) as error:  # read from an earlier evaluation, unchecked so far
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # from an earlier evaluation, not yet checked
         raise InputDataError(
             f"{out / SUMMARY}: not a summary of scores ({error!r}): delete {out} and run the command again"
         ) from error
@@ -275,7 +270,7 @@ def _draw(
         rank = f"{item.group} case {item.number} of {len(last)} images"
         score = f"by the Dice of {listed.names[-1]}, here {dice(last[item.case]):.3f}"
         masks = {member.name: read_member_mask(member.images[stem], threshold)[0] for member in listed.members}
-        title = f"{stem}: {rank} {score} ({size[1]} x {size[0]} pixels)"
+        title = f"{stem}: {rank} {score} ({size[1]} x {size[0]} pixels, width x height)"
         return Case(title, _original(truths, stem, size, originals), _read_truth(truths, stem, size), masks)
 
     def one_sheet(item: Picked) -> tuple[bool, Image.Image | None]:

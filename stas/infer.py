@@ -26,11 +26,12 @@ from stas.models.network import build_network, place
 from stas.models.predict import Picture, Settings, predict_logits, shrink
 from stas.paths import Workspace, mask_file, probability_file
 from stas.recipe import parse_recipe
+from stas.results.predictions import write_set_manifest
 from stas.system import distributed
 from stas.system.distributed import Ranks
 from stas.system.files import sha256
 from stas.system.locks import PATIENCE
-from stas.system.publish import Output, building, named, read_manifest, write_manifest
+from stas.system.publish import Output, building, named, read_manifest
 from stas.system.threads import bar, map_ahead
 
 log = logging.getLogger(__name__)
@@ -100,8 +101,7 @@ def infer(
             distributed.barrier()
             if mine:
                 sizes = {stem: grey_size(mask_file(partial, stem)) for stem in files}
-                listed = {stem: {"height": height, "width": width} for stem, (height, width) in sizes.items()}
-                write_manifest(partial, output, label=recipe.data.label, images=listed, probabilities=probabilities)
+                write_set_manifest(partial, output, recipe.data.label, sizes, probabilities)
         log.info("%s: masks of %d images", out, len(files))
     return out
 

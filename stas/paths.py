@@ -17,6 +17,7 @@ from stas.errors import UsageError
 
 STATUS_DIRECTORY = "STAS_STATUS_DIR"
 VOTE = "vote"  # name of an ensemble's vote among the prediction sets
+PLAIN_NAME = "[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}"  # of a run, a store, a set or a label: it cannot leave a directory
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def check_name(what: str, name: str) -> str:
     Raises:
         UsageError: it is not; `what` says what the name is for.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}", name):
+    if not re.fullmatch(PLAIN_NAME, name):
         raise UsageError(
             f"{what} {name!r} cannot be a directory name: use 1 to 100 letters, digits and _ . + -, "
             "beginning with a letter, a digit or _"

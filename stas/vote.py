@@ -3,23 +3,22 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stas import paths
 from stas.data.images import read_grey, read_member_mask, write_mask, write_probability
+from stas.ensemble import Ties
 from stas.errors import InputDataError, UsageError
-from stas.results.predictions import Member, list_members, log_graded, pixel_digest
-from stas.system.publish import Output, building, check_replaceable, named, write_manifest
+from stas.results.predictions import Member, list_members, log_graded, pixel_digest, write_set_manifest
+from stas.system.publish import Output, building, check_replaceable, named
 from stas.system.threads import in_threads
 
 log = logging.getLogger(__name__)
 
 MAX_WEIGHT = 1000  # summed over members, times a 16-bit probability, this stays far below 64 bits
-
-Ties = Literal["foreground", "background"]
 
 
 def vote(
@@ -77,9 +76,8 @@ def vote(
         graded = np.array(in_threads(one_image, listed.stems, "vote", workers))
         for name, count in zip(listed.names, graded.sum(axis=0), strict=True):
             log_graded(name, int(count), len(graded))
-        images = {stem: {"height": height, "width": width} for stem, (height, width) in listed.sizes.items()}
-        write_manifest(partial, output, label=listed.label, images=images, probabilities=soft)
-    print(f"vote of {', '.join(listed.names)}: {len(images)} masks in {out}")
+        write_set_manifest(partial, output, listed.label, listed.sizes, soft)
+    print(f"vote of {', '.join(listed.names)}: {len(graded)} masks in {out}")
     return out
 
 

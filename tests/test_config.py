@@ -124,6 +124,8 @@ def test_unknown_keys_are_refused_with_the_valid_ones():
         ("train.batch=2001-99-99", "not readable as YAML"),
         ("optimizer.lr=.nan", "optimizer.lr = nan: "),
         ("optimizer.lr=.inf", "optimizer.lr = inf: "),
+        ("optimizer.betas=[0.9, 1.0]", "betas (0.9, 1.0): each must be at least 0 and below 1"),
+        ("optimizer={name: sgd, nesterov: true, momentum: 0}", "nesterov needs optimizer.momentum above 0"),
         ("model.encoder=tu-hf-hub:somebody/model", "is a location, not a name"),
         ("model.options={pretrained_cfg_overlay: {file: a.pth}}", "must not choose where weights come from"),
     ],

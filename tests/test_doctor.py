@@ -243,7 +243,7 @@ def test_gpus_of_two_kinds(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda number: cards[number])
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda number: (cards[number].major, cards[number].minor))
     monkeypatch.setattr("torch.cuda.get_arch_list", lambda: CUDA_13)
-    found = {finding.what: finding for finding in devices(load_recipe("lite0", ["train.precision=bf16"]))}
+    found = {finding.what: finding for finding in devices(load_recipe("lite0", ["train.precision=bf16"]).train)}
     assert found["GPU 0"].status == "FAIL"
     assert found["GPU 0"].found.startswith("Tesla V100-SXM2-32GB, 32.0 GiB")
     assert found["GPU 1"].status == "ok"

@@ -30,7 +30,7 @@ from torch import nn
 
 from stas.config import Data, Optimizer, Split
 from stas.data.annotations import find_image, rasterise, read_labelme
-from stas.data.images import MAX_PIXELS, grey_size, image_size, read_grey, read_image, read_member_mask
+from stas.data.images import MAX_PIXELS, grey_size, read_grey, read_image, read_member_mask
 from stas.data.split import split_samples
 from stas.data.store import Store, open_store, pointer
 from stas.data.tiles import Box
@@ -131,7 +131,7 @@ def test_fuzz_image(referee: Referee, outside: Path, kind: str):
     def fuzz(content: bytes) -> None:
         def read() -> None:
             image = read_image(content)
-            assert image.shape == (*image_size(content), 3) and image.size
+            assert image.ndim == 3 and image.shape[2] == 3 and image.size
 
         def read_mask() -> None:
             path.write_bytes(content)
@@ -244,7 +244,7 @@ def network_and_optimizer() -> tuple[nn.Module, torch.optim.Optimizer]:
     return network, optimizer
 
 
-FACTS = {
+METADATA = {
     "recipe": {"name": "tiny"},
     "run": "tiny",
     "store": "key",
@@ -294,7 +294,7 @@ def checkpoints(draw: st.DrawFn, whole: bytes) -> bytes:
 
 def test_fuzz_checkpoint(referee: Referee, outside: Path):
     path = outside / "a.safetensors"
-    save_checkpoint(path, take_snapshot(network_and_optimizer()[0], FACTS, network_and_optimizer()[1]))
+    save_checkpoint(path, take_snapshot(network_and_optimizer()[0], METADATA, network_and_optimizer()[1]))
     whole = path.read_bytes()
     assert sealed(whole) == whole
     load_all(path)

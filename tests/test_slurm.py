@@ -144,11 +144,11 @@ def test_a_member_that_fails_leaves_the_others_and_the_vote_says_who_is_missing(
     assert slurm.wait(vote, 3 * PATIENCE) == ["FAILED"]
     assert slurm.states(train) == ["COMPLETED", "FAILED", "COMPLETED"]
     assert slurm.states(infer) == ["COMPLETED", "CANCELLED", "COMPLETED"]
-    assert slurm.facts(vote)[0]["ExitCode"] == "3:0"
+    assert slurm.details(vote)[0]["ExitCode"] == "3:0"
     assert "members are missing: number ArrayTaskId=1 of" in log_of(site, vote, "vote")
     by_hand = submit(slurm, site, "vote", ENSEMBLE=str(ensemble))
     assert slurm.wait(by_hand) == ["FAILED"]
-    assert slurm.facts(by_hand)[0]["ExitCode"] == "3:0"
+    assert slurm.details(by_hand)[0]["ExitCode"] == "3:0"
     said = log_of(site, by_hand, "vote")
     assert "1 of 3 members are missing" in said and "broken: no" in said
 
@@ -160,7 +160,7 @@ def test_two_nodes_train_one_run(slurm: Slurm, site: SimpleNamespace):
     ensemble = write_ensemble(site.root / "pairs.yaml", "one", "pair")
     job = submit(slurm, site, "train", *options, ENSEMBLE=str(ensemble))
     assert slurm.wait(job) == ["COMPLETED"], log_of(site, job)
-    assert slurm.facts(job)[0]["NumNodes"] == "2"
+    assert slurm.details(job)[0]["NumNodes"] == "2"
     assert epochs(site.workspace.run("pair")) == 3
     assert "2 ranks" in log_of(site, job)
 
@@ -168,7 +168,7 @@ def test_two_nodes_train_one_run(slurm: Slurm, site: SimpleNamespace):
 def test_a_job_cut_off_by_its_walltime_is_requeued_and_resumes(slurm: Slurm, site: SimpleNamespace):
     """Slurm itself sends the warning, sometime in the first of two minutes."""
     job, run = train_endless(slurm, site, "walltime", "--time=2", "--signal=B:USR1@60")
-    wait_until(lambda: slurm.facts(job)[0]["Restarts"] == "1", "the warning and the queue")
+    wait_until(lambda: slurm.details(job)[0]["Restarts"] == "1", "the warning and the queue")
     wait_until(lambda: "resuming after epoch" in log_of(site, job), "the restart")
     (stopped,) = re.findall(r"stopped in epoch (\d+)", log_of(site, job))
     (resumed,) = re.findall(r"resuming after epoch (\d+)", log_of(site, job))
@@ -191,7 +191,7 @@ def test_three_interruptions_in_a_row_change_nothing(slurm: Slurm, site: SimpleN
         before = epochs(run)
         wait_until(lambda before=before: epochs(run) > before + 10, "epochs")
         slurm.run("scancel", "--signal=USR1", "--batch", f"{job}_0")
-        wait_until(lambda after=restarts + 1: slurm.facts(job)[0]["Restarts"] == str(after), "the queue")
+        wait_until(lambda after=restarts + 1: slurm.details(job)[0]["Restarts"] == str(after), "the queue")
     assert slurm.wait(job) == ["COMPLETED"], log_of(site, job)
     whole = stas(
         "train", "--recipe", site.root / "thrice.yaml", "--workspace", site.workspace.root, "--run", "thrice-whole"
@@ -227,7 +227,7 @@ def test_a_requeued_job_resumes(slurm: Slurm, site: SimpleNamespace):
     wait_until(lambda: epochs(run) > 3, "epochs")
     slurm.run("scontrol", "requeue", f"{job}_0")
     assert slurm.wait(job) == ["COMPLETED"], log_of(site, job)
-    assert slurm.facts(job)[0]["Restarts"] == "1"
+    assert slurm.details(job)[0]["Restarts"] == "1"
     steps = [record["epoch"] for record in read_metrics(run.metrics)]
     assert steps == list(range(1, len(steps) + 1)), "no epoch twice, none left out"
 

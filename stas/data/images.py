@@ -111,16 +111,6 @@ def read_image(source: Path | bytes) -> NDArray[np.uint8]:
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def image_size(source: Path | bytes) -> tuple[int, int]:
-    """(height, width) in pixels after EXIF orientation, without decoding the pixels."""
-    image = _open(source, decode=False)
-    if image.format == "TIFF":  # Pillow applies its orientation itself, and may change the size only on decoding
-        image = _open(source)
-    width, height = image.size
-    turned = _orientation(source, image) in (5, 6, 7, 8)
-    return (width, height) if turned else (height, width)
-
-
 def stated_size(source: Path | bytes) -> tuple[int, int]:
     """(height, width) in pixels before EXIF orientation, from the file's header alone."""
     image = _open(source, decode=False)
@@ -128,7 +118,7 @@ def stated_size(source: Path | bytes) -> tuple[int, int]:
 
 
 def grey_size(path: Path) -> tuple[int, int]:
-    """(height, width) of the array `read_grey` returns, from the header; `image_size` decodes a PNG to find EXIF."""
+    """(height, width) of the array `read_grey` returns, from the header."""
     image = _open(path, decode=False, formats=("PNG",))
     return image.height, image.width
 
@@ -137,6 +127,9 @@ def read_grey(path: Path) -> NDArray[np.uint8] | NDArray[np.uint16]:
     """Read a single-channel PNG from any program, values unchanged: (height, width), uint8 or uint16.
 
     Modes 1, L, P, RGB, LA and RGBA become 8-bit luminance (transparency ignored); 16-bit grey stays 16-bit.
+
+    Raises:
+        InputDataError: missing, damaged, too large, not a PNG, or with values that 16 bits cannot hold; names the file.
     """
     plain = decode_grey(read_bounded(path, MAX_IMAGE_BYTES), MAX_PIXELS, MAX_SIDE)
     if plain is not None:
@@ -164,6 +157,9 @@ def read_member_mask(path: Path, threshold: float | None = None) -> tuple[NDArra
         mask: (height, width), bool.
         graded: no threshold was given and the values are not only 0 and one of 1, 255 and 65535, so "above 0" was a
             choice that the user should know about (`log_graded`).
+
+    Raises:
+        InputDataError: see `read_grey`.
     """
     values = read_grey(path)
     if threshold is not None:

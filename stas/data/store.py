@@ -83,7 +83,12 @@ class Store:
         return self._sample(index)["stored"]
 
     def image(self, index: int, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
-        """The stored image: RGB, (H, W, 3), uint8, writable; copied to `out` if given."""
+        """The stored image: RGB, (H, W, 3), uint8, writable; copied to `out` if given.
+
+        Raises:
+            IndexError: no such sample.
+            InputDataError: its records are missing or damaged. The other readers raise the same.
+        """
         return self._pixels(index, "image", (3,), None, out)
 
     def mask(self, index: int, out: NDArray[np.uint8] | None = None, label: str | None = None) -> NDArray[np.uint8]:
@@ -256,18 +261,22 @@ def points_to(pointer: Path, key: str) -> bool:
 
 
 def mask_part(label: str) -> str:
+    """The part of a sample that holds a label's stored mask."""
     return f"mask/{label}"
 
 
 def full_part(label: str) -> str:
+    """The part of a sample that holds a label's mask at the image's own size."""
     return f"full/{label}"
 
 
 def record_key(index: int, part: str) -> bytes:
+    """The LMDB key of one part of a sample, or of one tile of it."""
     return f"{index:08d}/{part}".encode()
 
 
 def digest(*parts: bytes | NDArray[np.uint8]) -> str:
+    """The SHA-256 of a sample's parts, one after the other."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part if isinstance(part, bytes) else part.data)

@@ -6,16 +6,15 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
+from stas.config import MAX_INPUT_SIDE
 from stas.data.images import MAX_PIXELS, MAX_SIDE, is_plain_stem
 from stas.data.store_file import MAKE_AGAIN
 from stas.data.store_spec import StoreSpec
 from stas.errors import InputDataError
-from stas.paths import manifest_file
+from stas.paths import PLAIN_NAME, manifest_file
 from stas.system.files import read_json
 from stas.system.publish import FORMATS
 from stas.system.untrusted import shown
-
-MAX_STORED_SIDE = 8192  # pixels, the most that a recipe may ask for
 
 
 def _plain_stem(stem: str) -> str:
@@ -26,11 +25,11 @@ def _plain_stem(stem: str) -> str:
 
 
 Stem = Annotated[str, AfterValidator(_plain_stem)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}$")]  # of a file, or part of its name
+Name = Annotated[str, Field(pattern=f"^{PLAIN_NAME}$")]  # of a file, or part of its name
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
-StoredSide = Annotated[int, Field(ge=1, le=MAX_STORED_SIDE)]
+StoredSide = Annotated[int, Field(ge=1, le=MAX_INPUT_SIDE)]
 Byte = Annotated[int, Field(ge=0, le=255)]
-Pixels = Annotated[int, Field(ge=0, le=MAX_PIXELS)]
+PixelCount = Annotated[int, Field(ge=0, le=MAX_PIXELS)]
 
 
 class Sample(TypedDict):
@@ -43,8 +42,8 @@ class Sample(TypedDict):
     stored: tuple[Side, Side]  # height and width of the stored image, pixels
     min: Byte  # smallest and largest value of the original image over all channels, 0 to 255
     max: Byte
-    area: Pixels  # foreground of any label, in pixels of the original
-    areas: dict[Name, Pixels]  # the same for each label
+    area: PixelCount  # foreground of any label, in pixels of the original
+    areas: dict[Name, PixelCount]  # the same for each label
     image: str  # names and SHA-256 of the sources
     image_sha256: str
     annotation: str

@@ -13,6 +13,7 @@ class Box(NamedTuple):
     width: int
 
     def within(self, outer: "Box") -> bool:
+        """Whether this box is not empty and lies inside `outer`."""
         down = outer.top <= self.top and 1 <= self.height <= outer.top + outer.height - self.top
         return down and outer.left <= self.left and 1 <= self.width <= outer.left + outer.width - self.left
 

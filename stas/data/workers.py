@@ -21,7 +21,6 @@ from stas.errors import InputDataError, UsageError
 from stas.system.resources import keep_freed_memory
 
 Item = TypeVar("Item")
-Pixels = NDArray[np.uint8]
 
 
 def records(
@@ -91,18 +90,18 @@ def _check_space(needed: int, workers: int) -> None:
         )
 
 
-def _places(shared: "Array[Any]", each: int) -> list[Pixels]:
+def _places(shared: "Array[Any]", each: int) -> list[NDArray[np.uint8]]:
     return list(np.frombuffer(memoryview(shared), np.uint8).reshape(-1, each))
 
 
-def _image_and_mask(place: Pixels, shape: tuple[int, int]) -> tuple[Pixels, Pixels]:
+def _image_and_mask(place: NDArray[np.uint8], shape: tuple[int, int]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Views of an image (height, width, 3) and its mask (height, width) at the start of a place."""
     pixels = shape[0] * shape[1]
     assert pixels * 4 <= len(place)
     return place[: pixels * 3].reshape(*shape, 3), place[pixels * 3 : pixels * 4].reshape(shape)
 
 
-_own: list[Pixels] = []  # in a worker process: the places it may write to
+_own: list[NDArray[np.uint8]] = []  # in a worker process: the places it may write to
 
 
 def _prepare(shared: "Array[Any]", each: int) -> None:

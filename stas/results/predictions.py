@@ -8,7 +8,7 @@ of mask PNGs is one.
 
 import hashlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from stas import paths
 from stas.data.images import MAX_IMAGE_BYTES, grey_size, is_graded, list_images, read_grey
 from stas.errors import InputDataError, UsageError
 from stas.system.files import sha256
-from stas.system.publish import SHOWN, named, read_manifest
+from stas.system.publish import SHOWN, Output, named, read_manifest, write_manifest
 from stas.system.threads import in_threads
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,22 @@ class Members:
     @property
     def stems(self) -> list[str]:
         return list(self.sizes)
+
+
+def write_set_manifest(
+    partial: Path, output: Output, label: str | None, sizes: Mapping[str, tuple[int, int]], probabilities: bool
+) -> None:
+    """Write the manifest of a finished prediction set or vote.
+
+    Args:
+        partial: where its files are.
+        output: the set to publish.
+        label: the label of the foreground; None if its members' manifests name none.
+        sizes: (height, width) of each mask in pixels, by stem.
+        probabilities: whether it has probabilities beside the masks.
+    """
+    images = {stem: {"height": height, "width": width} for stem, (height, width) in sizes.items()}
+    write_manifest(partial, output, label=label, images=images, probabilities=probabilities)
 
 
 def list_members(directories: Sequence[Path]) -> Members:

@@ -121,16 +121,14 @@ def read_manifest(directory: Path, *kinds: Kind) -> dict[str, Any]:
     """
     content = read_json(paths.manifest_file(directory))
     if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
-        raise InputDataError(
-            f"{paths.manifest_file(directory)}: not a manifest: delete the directory and create it again"
-        )
+        raise InputDataError(f"{paths.manifest_file(directory)}: not a manifest of stas: use another directory")
     kind, found = content.get("kind"), content.get("format")
     if kind not in kinds:
         raise InputDataError(f"{directory}: its kind is {shown(kind)}, not {' or '.join(kinds)}: use another directory")
     if found != FORMATS[kind]:
         raise InputDataError(
             f"{directory}: {kind} of format {shown(found)}, but this version reads format {FORMATS[kind]}: "
-            "delete it and create it again"
+            "move it away and create it again"
         )
     return content
 

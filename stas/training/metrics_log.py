@@ -27,9 +27,8 @@ class MetricsLog:
         write_text(path, "".join(_line(record) for record in kept))
         self.records = read_metrics(path)  # of all epochs so far, over all parts of the run
         self._path = path
-        self._file = path.open(
-            "ab", buffering=0
-        )  # unbuffered, because a failed write in a buffer would fail again at close
+        # Unbuffered, because a failed write in a buffer would fail again at close.
+        self._file = path.open("ab", buffering=0)
         self._events = SummaryWriter(str(tensorboard_dir), purge_step=keep_epochs + 1)
 
     def append(self, record: Record) -> None:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from stas.data.annotations import SHAPE_TYPES, Annotation, Shape, find_image, rasterise, read_labelme
-from stas.data.images import image_size, read_grey
+from stas.data.images import read_grey, read_image
 from stas.errors import InputDataError
 from tests.support.labelme import TRIANGLE, shape
 
@@ -253,7 +253,8 @@ def test_an_image_of_the_same_stem_comes_first(places):
 def test_real_annotations_give_the_published_masks(real_data):
     for path in sorted((real_data / "Train_Annotations").glob("Public_*.json"))[:3]:
         annotation = read_labelme(path)
-        size = image_size(real_data / "Train_Images" / f"{path.stem}.jpg")
+        height, width, _ = read_image(real_data / "Train_Images" / f"{path.stem}.jpg").shape
+        size = height, width
         assert annotation.size == size
         mask = rasterise(annotation.shapes, size, "STAS")
         published = read_grey(real_data / "Predictions" / "ensemble" / f"{path.stem}.png") > 0

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stas.data.images import grey_size, image_size, list_images, read_grey, read_image, write_mask, write_probability
+from stas.data.images import grey_size, list_images, read_grey, read_image, write_mask, write_probability
 from stas.errors import InputDataError
 
 GREY = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
@@ -37,7 +37,7 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
     stored = np.ascontiguousarray(undo[orientation](upright))
     path = save(tmp_path / "a.jpg", Image.fromarray(stored), exif=exif, quality=95)
     image = read_image(path)
-    assert image.shape == (20, 30, 3) == (*image_size(path), 3)
+    assert image.shape == (20, 30, 3)
     assert np.abs(image.astype(int) - upright).max() < 60  # JPEG
     assert np.array_equal(read_image(path.read_bytes()), image)
 
@@ -154,11 +154,11 @@ def test_a_stem_too_long_for_its_mask_is_refused(tmp_path):
         list_images(tmp_path)
 
 
-def test_a_tiff_that_lies_on_its_side_has_one_size(tmp_path):
+def test_a_tiff_that_lies_on_its_side_is_turned_once(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     path = save(tmp_path / "a.tif", Image.new("RGB", (30, 20)), exif=exif)
-    assert read_image(path).shape == (*image_size(path), 3) == (30, 20, 3)
+    assert read_image(path).shape == (30, 20, 3)
 
 
 def test_a_mask_is_a_png_whatever_its_name(tmp_path):

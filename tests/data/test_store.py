@@ -1,5 +1,4 @@
 import ctypes
-import errno
 import faulthandler
 import mmap
 import multiprocessing
@@ -7,8 +6,6 @@ import os
 import pickle
 import signal
 import threading
-import time
-import tracemalloc
 
 import numpy as np
 import pytest
@@ -21,68 +18,11 @@ from stas.config import Data
 from stas.data.resize import area_resize
 from stas.data.store import Store, open_store, point_to, pointer
 from stas.data.store_file import environment
-from stas.data.store_writer import ABANDONED, build_store, make_record
+from stas.data.store_writer import build_store, make_record
 from stas.data.tiles import Box
 from stas.errors import InputDataError, UsageError
 from stas.paths import Workspace, manifest_file, store_data
 from tests.support.stores import SIZE, SPEC, build, build_scaled, of_size, picture, scaled, source
-
-
-def area(array: np.ndarray, size) -> np.ndarray:
-    """The resize of torch, of an array (h, w, c)."""
-    tensor = torch.from_numpy(array.astype(np.float64)).permute(2, 0, 1)[None]
-    return torch.nn.functional.interpolate(tensor, size=size, mode="area")[0].permute(1, 2, 0).numpy()
-
-
-def test_area_resize_by_hand():
-    halves = area_resize(np.array([[0, 4, 10, 20], [8, 0, 30, 40]], np.uint8), (1, 2))
-    assert halves.tolist() == [[3, 25]]
-    thirds = area_resize(np.array([[6, 30, 90]], np.uint8), (1, 2))  # the middle pixel counts fully on both sides
-    assert thirds.tolist() == [[18, 60]]
-    larger = area_resize(np.array([[0, 10]], np.uint8), (1, 3))
-    assert larger.tolist() == [[0, 5, 10]]
-    assert area_resize(np.array([[True, False]]), (1, 1)).tolist() == [[0.5]]
-
-
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        ((94, 171), (80, 80)),
-        ((50, 70), (64, 200)),
-        ((33, 65), (32, 32)),
-        ((800, 900), (32, 33)),
-        ((7, 5), (7, 5)),
-        ((2, 3000), (32, 9)),
-    ],
-)
-def test_area_resize_is_that_of_torch(before, after):
-    image, mask = picture(0, *before)
-    assert np.abs(area_resize(image, after) - area(image, after)).max() < 1e-4
-    assert np.abs(area_resize(mask, after) - area(mask[..., None], after)[..., 0]).max() < 1e-6
-    values = (image / 255).astype(np.float32)
-    assert np.abs(area_resize(values, after) - area(values, after)).max() < 1e-6
-    assert area_resize(image, after).dtype == np.float32
-
-
-@pytest.mark.parametrize("after", [100, 150])
-def test_area_resize_finds_a_single_row_of_a_mask_wherever_it_is(after):
-    for row in range(130):
-        mask = np.zeros((130, 3), bool)
-        mask[row, 1] = True
-        expected = area(mask[..., None], (after, 2))[..., 0]
-        assert np.abs(area_resize(mask, (after, 2)) - expected).max() < 1e-6
-
-
-@pytest.mark.parametrize("before", [(65_535, 1), (1, 65_535), (3000, 1000)])
-def test_area_resize_works_in_blocks(before):
-    image = np.zeros((*before, 3), np.uint8)
-    tracemalloc.start()
-    try:
-        area_resize(image, (800, 800), scale=1)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert peak < 64 << 20
 
 
 def test_stored_image_is_that_of_the_reference_chain():
@@ -241,62 +181,6 @@ def test_a_forked_reader_reads(tmp_path):
     child.join(60)
     assert child.exitcode == 0
     assert np.array_equal(store.image(2), expected)
-
-
-def test_more_than_the_first_map_size(tmp_path):
-    noise = np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), np.uint8)
-    with build_store(tmp_path / "key", of_size(1500)) as writer:
-        assert writer
-        for index in range(16):  # 144 MB; the map begins with 64 MiB and grows by little more
-            writer.add(make_record(source(f"s{index}"), noise, noise[..., 0] > 9, of_size(1500)))
-    store = Store(tmp_path / "key", network=False)
-    assert np.array_equal(store.image(0), noise)
-    assert np.array_equal(store.image(15), noise)
-
-
-def test_a_disk_that_fails_beside_the_making_of_samples_fails_the_build(tmp_path, monkeypatch):
-    def failing(path):
-        raise OSError(errno.EIO, "Input/output error", str(path))
-
-    monkeypatch.setattr("stas.data.store_writer.MAP_STEP", 1 << 20)
-    monkeypatch.setattr("stas.data.store_writer.sync_path", failing)
-    record = make_record(source("a"), *picture(0), of_size(512))
-    with (
-        pytest.raises(OSError, match="Input/output error"),
-        build_store(tmp_path / "key", of_size(512), network=False) as writer,
-    ):
-        assert writer
-        writer.add(record)  # more than a step of the map
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_failed_build_leaves_nothing(tmp_path):
-    for error in (KeyboardInterrupt, InputDataError):
-        with pytest.raises(error), build_store(tmp_path / "stores" / "key", SPEC) as writer:
-            assert writer
-            writer.add(make_record(source("a"), *picture(0), SPEC))
-            raise error
-    assert list((tmp_path / "stores").iterdir()) == []
-
-
-def test_a_store_that_is_there_is_not_built_again(tmp_path):
-    build(tmp_path / "key", count=2)
-    before = store_data(tmp_path / "key").stat()
-    with build_store(tmp_path / "key", SPEC) as writer:
-        assert writer is None
-    assert store_data(tmp_path / "key").stat() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["key"]
-
-
-def test_what_killed_builders_left_is_removed_later(tmp_path):
-    old, new = tmp_path / ".old.0123456789ab.partial", tmp_path / ".new.0123456789ab.partial"
-    for directory, age in ((old, ABANDONED + 60), (new, 60)):
-        directory.mkdir()
-        (directory / "data.mdb").touch()
-        for path in (directory / "data.mdb", directory):
-            os.utime(path, (time.time() - age, time.time() - age))
-    build(tmp_path / "key")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [new.name, "key"]
 
 
 def test_verify_finds_a_changed_byte(tmp_path):

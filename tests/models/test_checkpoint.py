@@ -185,7 +185,7 @@ def test_a_writer_that_lost_the_runs_lock_writes_nothing(tmp_path):
     assert not run.root.exists()
 
 
-def test_cut_off_between_the_renames_goes_on_from_the_newest(tmp_path):
+def test_cut_off_between_the_renames_resumes_from_the_newest(tmp_path):
     run = RunPaths(tmp_path)
     network, optimizer = trained()
     save_last(run, take_snapshot(network, {"epoch": 0}, optimizer))

@@ -46,21 +46,21 @@ class Slurm:
         assert done.returncode == 0, f"{line}: {done.stderr}"
         return done.stdout.strip()
 
-    def facts(self, job: str) -> list[dict[str, str]]:
+    def details(self, job: str) -> list[dict[str, str]]:
         """Output of `scontrol show job`, one dictionary per task of an array."""
         lines = self.run("scontrol", "--oneliner", "show", "job", job).splitlines()
         return [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines]
 
     def states(self, job: str) -> list[str]:
         """The states of a job's tasks, in order of number."""
-        facts = sorted(self.facts(job), key=lambda fact: int(fact.get("ArrayTaskId", "0").split("-")[0]))
-        return [fact["JobState"] for fact in facts]
+        tasks = sorted(self.details(job), key=lambda task: int(task.get("ArrayTaskId", "0").split("-")[0]))
+        return [task["JobState"] for task in tasks]
 
     def wait(self, job: str, seconds: float = PATIENCE) -> list[str]:
         """Wait for all tasks of a job to end; return their states."""
         end = time.monotonic() + seconds
         while ACTIVE & set(states := self.states(job)):
-            assert time.monotonic() < end, f"job {job} is {states} after {seconds} s: {self.facts(job)}"
+            assert time.monotonic() < end, f"job {job} is {states} after {seconds} s: {self.details(job)}"
             time.sleep(0.5)
         return states
 

@@ -1,4 +1,4 @@
-"""Full and read-only volumes, made for real where root may mount; the calls one by one are in test_chaos.py."""
+"""Full and read-only volumes, real ones where root may mount. Single calls are in tests/test_chaos.py."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""What ranks say to each other, alone and as two real processes."""
+"""How ranks exchange values, alone and as two real processes."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Locks are tried with real processes; another machine is a lock file that names one."""
+"""Locks, tested with real processes; a lock file that names another machine stands in for one."""
 
 import errno
 import json
@@ -72,7 +72,7 @@ def test_the_second_waits_then_says_who_holds_it(path):
             process.kill()
 
 
-def test_the_second_goes_on_when_the_first_has_ended(path, caplog):
+def test_the_second_continues_when_the_first_has_ended(path, caplog):
     caplog.set_level("INFO")
 
     def end_the_first() -> None:

@@ -20,7 +20,7 @@ def _tree(root: Path, files: dict[str, str]) -> Path:
     return root
 
 
-def test_usage_tells_this_process_and_node():
+def test_usage_reads_this_process_and_node():
     readings = usage()
     assert all(isinstance(value, float) for value in readings.values())
     assert readings["host_rss_gib"] == pytest.approx(psutil.Process().memory_info().rss / 2**30, rel=0.2)
@@ -28,7 +28,7 @@ def test_usage_tells_this_process_and_node():
     assert 0 < readings["host_available_gib"] < readings["host_total_gib"]
 
 
-def test_usage_tells_shared_memory(monkeypatch: pytest.MonkeyPatch):
+def test_usage_reads_shared_memory(monkeypatch: pytest.MonkeyPatch):
     """The readings are given: other processes, of other tests too, use the real memory meanwhile."""
     readings = {"/dev/shm": SimpleNamespace(total=64 * 2**30, used=8 * 2**20, free=0)}
     monkeypatch.setattr(resources.shutil, "disk_usage", readings.__getitem__)
@@ -105,7 +105,7 @@ def test_visible_gpus(visible: str | None, expected: list[int | str]):
 
 
 class FakeNvml(ModuleType):
-    """NVIDIA's library on a node with two GPUs, of which the second tells no utilisation, as a part (MIG) does."""
+    """NVIDIA's library on a node with two GPUs, the second of which, like a MIG instance, reports no utilisation."""
 
     class NVMLError(Exception):
         pass

@@ -1,4 +1,4 @@
-"""Work in threads keeps its order, passes errors on, and stays bounded."""
+"""Work in threads keeps its order, raises errors in the caller, and limits how far ahead it works."""
 
 import io
 import threading

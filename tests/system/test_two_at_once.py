@@ -1,4 +1,4 @@
-"""Two of the same at once, and one after another that was killed: real processes, every stage."""
+"""Every stage started twice at once, or again after a kill, in real processes."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ from tests.support.stages import content, finished, stages  # noqa: F401  a fixt
 
 pytestmark = pytest.mark.slow
 STAGES = ["preprocess", "train", "infer", "vote", "evaluate"]
-# For a process of its own: it stops, as by SIGSTOP, at its first file operation in a directory that has a lock.
+# Code for a separate process: it sends itself SIGSTOP at its first file operation in a directory that has a lock.
 STOP_WITH_LOCK = """
 import os, signal, sys
 from pathlib import Path

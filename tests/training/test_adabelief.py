@@ -121,7 +121,7 @@ def test_chunks_hold_so_many_elements_and_leave_nothing_out(monkeypatch):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_checkpoint_of_the_package_goes_on(variant, tmp_path):
+def test_a_checkpoint_of_the_package_resumes(variant, tmp_path):
     """As one that was written when stas trained with adabelief-pytorch."""
 
     def networks():
@@ -143,7 +143,7 @@ def test_a_checkpoint_of_the_package_goes_on(variant, tmp_path):
     assert_same(one, other)
 
 
-def test_a_state_dict_of_the_package_goes_on_with_the_decay_of_its_own():
+def test_a_state_dict_of_the_package_keeps_its_kind_of_decay():
     variant = {"weight_decouple": False, "rectify": False}
     one, other = ours(made(), **variant), reference(made(), **variant)
     train_both(one, other, range(3))
@@ -152,7 +152,7 @@ def test_a_state_dict_of_the_package_goes_on_with_the_decay_of_its_own():
     assert_same(one, other)
 
 
-def test_a_copy_goes_on_as_the_original():
+def test_a_copy_continues_like_the_original():
     one = ours(made(), weight_decouple=False, rectify=False)
     train_both(one, other := copy.deepcopy(one), range(5))
     assert_same(one, other)

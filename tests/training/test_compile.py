@@ -1,4 +1,4 @@
-"""torch.compile in training: it trains, and what cannot be compiled trains all the same."""
+"""Training with torch.compile, and without it where compiling fails."""
 
 import subprocess
 import sys

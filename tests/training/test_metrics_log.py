@@ -1,4 +1,4 @@
-"""Metrics, the line per epoch, and the bar."""
+"""Metrics on disk and in TensorBoard, and the log line per epoch."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""A run that is stopped, killed or poisoned ends as one that was not: the same bits, or a reason with names."""
+"""A run that was stopped or killed ends with the same bits as one that was not; one that fails says why."""
 
 import json
 import os
@@ -192,8 +192,8 @@ def test_a_killed_rank_ends_the_others_and_the_log_names_it(store_workspace: Wor
     assert "rank      : 1" in said and "SIGKILL" in said, said
 
 
-# Rank 1 waits in a function of C, as it would inside NCCL: a signal only sets a flag. Rank 0 fails and, as NCCL may
-# have it do, waits for its peer before it ends; or it waits to be killed.
+# Rank 1 waits in a C function, as it would inside NCCL, where a signal only sets a flag. Rank 0 fails and waits for its
+# peer before it ends, as NCCL may make it; or it waits to be killed.
 DEAF = """
 import os
 from pathlib import Path
@@ -283,7 +283,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_samples(
 def test_a_bounded_number_of_bad_steps_is_skipped(
     store_workspace: Workspace, tiny: Recipe, monkeypatch: pytest.MonkeyPatch
 ):
-    # Batch normalisation keeps in its running statistics what it has seen.
+    # Batch normalisation would keep the bad values in its running statistics.
     options = {"channels": [4, 8], "strides": [2], "norm": "BATCH"}
     recipe = changed(tiny, model={"options": options}, train={"epochs": 3, "max_bad_steps": 2})
     poisoned(monkeypatch, {2, 3})

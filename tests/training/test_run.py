@@ -1,4 +1,4 @@
-"""A run set up anew, taken up again, and refused where it is another one."""
+"""Setting up a run: new, resumed, or refused because its recipe or store changed."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def test_a_new_run_says_what_it_is(store_workspace: Workspace, tiny: Recipe):
     assert sorted(run.training + run.validation) == list(range(len(run.store)))
 
 
-def test_facts_make_the_run_again(store_workspace: Workspace, tiny: Recipe):
+def test_metadata_restores_the_run(store_workspace: Workspace, tiny: Recipe):
     paths = store_workspace.run("again-run")
     run = saved(tiny, store_workspace, paths)
     metadata = json.loads(json.dumps(run.metadata(HALFWAY)))
