@@ -1,4 +1,4 @@
-"""Write docs/reference/recipe.md from stas/config.py and docs/reference/command-line.md from stas/cli.py.
+"""Write docs/reference/recipe.md from stas/config.py and docs/reference/command-line.md from stas/arguments.py.
 
 python -m scripts.reference
 """

@@ -73,9 +73,16 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_preprocess(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     command = stages.add_parser("preprocess", help="turn images and annotations into a store of samples")
     command.set_defaults(command="preprocess")
-    command.add_argument("--images", type=Path, nargs="+", required=True, metavar="DIR")
     command.add_argument(
-        "--annotations", type=Path, nargs="+", required=True, metavar="DIR", help="LabelMe JSON, or mask PNGs"
+        "--images", type=Path, nargs="+", required=True, metavar="DIR", help="directories of the images"
+    )
+    command.add_argument(
+        "--annotations",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="DIR",
+        help="LabelMe JSON, or mask PNGs",
     )
     _add_workspace(command)
     command.add_argument(
@@ -116,17 +123,24 @@ def _add_infer(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     )
     command.set_defaults(command="infer")
     which = command.add_mutually_exclusive_group(required=True)
-    which.add_argument("--run")
+    which.add_argument("--run", help="a trained run in the workspace")
     _add_ensemble(which, "take the run from an ensemble, with --member")
     _add_member(command)
-    command.add_argument("--images", type=Path, required=True, metavar="DIR")
+    command.add_argument("--images", type=Path, required=True, metavar="DIR", help="directory of the images to outline")
     _add_workspace(command)
     command.add_argument("--name", help="name of the prediction set (default: RUN, or RUN-held-out)")
-    command.add_argument("--checkpoint", choices=("best", "last"), default="best")
     command.add_argument(
-        "--tta", action=argparse.BooleanOptionalAction, default=None, help="average over the square's 8 symmetries"
+        "--checkpoint", choices=("best", "last"), default="best", help="checkpoint to use (default: %(default)s)"
     )
-    command.add_argument("--threshold", type=float, help="probability above which a pixel is foreground")
+    command.add_argument(
+        "--tta",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="average over the square's 8 symmetries (default: the recipe's)",
+    )
+    command.add_argument(
+        "--threshold", type=float, help="probability above which a pixel is foreground (default: the recipe's)"
+    )
     command.add_argument("--probabilities", action="store_true", help="also write 16-bit probabilities")
     _add_held_out(command)
 
@@ -140,7 +154,7 @@ def _add_vote(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     _add_workspace(command)
     command.add_argument("--name", help="name of the result (default: vote, or vote-held-out)")
     command.add_argument("--members", type=Path, nargs="+", metavar="DIR", help="directories of masks from any source")
-    command.add_argument("--out", type=Path, metavar="DIR")
+    command.add_argument("--out", type=Path, metavar="DIR", help="directory for the result (required with --members)")
     command.add_argument("--ties", choices=("foreground", "background"), help="what a tied pixel becomes")
     command.add_argument(
         "--weights", type=int, nargs="+", metavar="W", help="number of votes per member, such as 2 1 1"
@@ -156,12 +170,18 @@ def _add_evaluate(stages: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command = stages.add_parser("evaluate", help="score members and their vote against the truth, and draw pictures")
     command.set_defaults(command="evaluate")
     which = command.add_mutually_exclusive_group(required=True)
-    which.add_argument("--predictions", type=Path, nargs="+", metavar="DIR")
+    which.add_argument(
+        "--predictions",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="directories of masks; the last decides what to draw",
+    )
     _add_ensemble(which, "the members of an ensemble, and their vote")
     _add_held_out(command)
     _add_workspace(command)
     command.add_argument("--truth", type=Path, required=True, metavar="DIR", help="LabelMe JSON or mask PNG")
-    command.add_argument("--out", type=Path, required=True, metavar="DIR")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory for scores and pictures")
     command.add_argument(
         "--images", type=Path, metavar="DIR", help="images for the pictures (default: the JSON's imagePath)"
     )
@@ -192,7 +212,7 @@ def _add_weights(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     actions = command.add_subparsers(metavar="ACTION", required=True)
     command = actions.add_parser("fetch", help="download encoder weights into a directory; set STAS_WEIGHTS_DIR to it")
     command.set_defaults(command="weights fetch")
-    command.add_argument("directory", type=Path, metavar="DIR")
+    command.add_argument("directory", type=Path, metavar="DIR", help="where the weights go")
     which = command.add_mutually_exclusive_group()
     which.add_argument("--recipe", help="only this recipe's weights")
     _add_ensemble(which, "its members' weights (default: reference)")
@@ -204,8 +224,8 @@ def _add_weights(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "convert", help="convert your own weights to safetensors, the only format that is read"
     )
     command.set_defaults(command="weights convert")
-    command.add_argument("pickle", type=Path, metavar="FILE.pth")
-    command.add_argument("target", type=Path, metavar="DIR/NAME.safetensors")
+    command.add_argument("pickle", type=Path, metavar="FILE.pth", help="weights written by torch.save")
+    command.add_argument("target", type=Path, metavar="DIR/NAME.safetensors", help="the file to write")
     command.add_argument("--allow-pickle", action="store_true", help=f"required: read a pickle {trust}")
 
 

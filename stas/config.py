@@ -172,6 +172,8 @@ class Loss(Section):
 
 
 class Optimizer(Section):
+    """The optimiser and its settings."""
+
     name: Literal["adabelief", "adam", "adamw", "sgd"] = Field(
         default="adabelief", description="the optimiser; a key below that not all of them read names those that do"
     )
@@ -242,6 +244,8 @@ class Augment(Section):
 
 
 class Train(Section):
+    """Batch, length, speed and seed of a training run."""
+
     batch: int = Field(default=16, ge=1, le=MANY, description="images per step, over all ranks together")
     epochs: int = Field(default=500, ge=1, le=MANY, description="passes over the training samples")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
@@ -267,6 +271,8 @@ class Train(Section):
 
 
 class Infer(Section):
+    """How masks are predicted, unless an option of `stas infer` overrides it."""
+
     threshold: float = Field(
         default=0.5, gt=0, lt=1, description="a pixel is foreground when its probability is above this"
     )

@@ -248,7 +248,7 @@ def test_all_stages_end_in_a_voted_mask_for_each_image(chain: tuple[Path, Path, 
         assert all(set(np.unique(np.asarray(Image.open(path)))) <= {0, 255} for path in masks.values())
     assert (workspace / "evaluation" / "scores.csv").is_file()
     assert "vote-held-out" in output
-    assert output.count("== NVIDIA's entry point ==") == 10  # 1 preprocess, 2 x 3 of members, 2 votes, evaluate
+    assert output.count("stands for NVIDIA's entry point") == 10  # 1 preprocess, 2 x 3 of members, 2 votes, evaluate
     owners = {path.stat().st_uid for path in (workspace / "predictions").rglob("*")}
     assert owners == {containers.USER}
 

@@ -48,3 +48,9 @@ def test_every_option_of_a_command_is_in_its_section(command: argparse.ArgumentP
     section = command_page().split(f"\n## {command.prog}\n")[1].split("\n## ")[0]
     told = [flag for action in command._actions for flag in action.option_strings if flag not in ("-h", "--help")]
     assert [flag for flag in told if f"`{flag}" not in section] == []
+
+
+def test_every_option_and_key_has_a_meaning():
+    rows = [line for page in (command_page(), recipe_page()) for line in page.splitlines() if line.startswith("| `")]
+    meanings = [row.rsplit(" | ", 1)[1].removesuffix(" |").removesuffix("required").strip("; ") for row in rows]
+    assert [row for row, meaning in zip(rows, meanings, strict=True) if not meaning or meaning.startswith("(")] == []

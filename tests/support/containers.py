@@ -38,7 +38,7 @@ events_logger = "file"
 """
 NVIDIA_ENTRYPOINT = """\
 #!/bin/bash
-echo "== NVIDIA's entry point ==" >&2
+echo "== stands for NVIDIA's entry point ==" >&2
 exec "$@"
 """
 # Packages that the base takes from this environment, with their dependencies.
