@@ -87,6 +87,8 @@ def read_store_manifest(directory: Path) -> tuple[Manifest, StoreSpec]:
             f"{directory}: a store of format {shown(found)}, but this version reads format {FORMATS['store']}: "
             "run `stas preprocess` again to make a new one; then delete this one"
         )
+    if content.get("kind") != "store":
+        raise _refusal(directory, f"its kind is {shown(content.get('kind'))}, not store")
     try:
         read = Manifest.model_validate(content)
     except ValidationError as error:

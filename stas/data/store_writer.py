@@ -4,7 +4,6 @@ import errno
 import logging
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -26,7 +25,7 @@ from stas.data.tiles import tiles, whole
 from stas.paths import store_data
 from stas.system.files import sync_path
 from stas.system.filesystems import on_network
-from stas.system.publish import Output, building, write_manifest
+from stas.system.publish import Output, building, remove_abandoned, write_manifest
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +178,7 @@ def build_store(directory: Path, spec: StoreSpec, network: bool | None = None) -
         if partial is None:
             yield None
             return
-        _remove_abandoned(directory.parent, partial)
+        remove_abandoned(directory.parent, ABANDONED)
         remote = on_network(directory.parent) if network is None else network
         with _scratch(directory.name) if remote else nullcontext(partial) as local:
             writer = StoreWriter(store_data(local), spec)
@@ -211,15 +210,3 @@ def _scratch(key: str) -> Iterator[Path]:
         yield local
     finally:
         shutil.rmtree(local, ignore_errors=True)
-
-
-def _remove_abandoned(stores: Path, own: Path) -> None:
-    """Remove partial stores left by killed builds of other stores."""
-    for path in stores.glob(".*.partial"):
-        try:
-            newest = max(entry.stat().st_mtime for entry in (path, *path.glob("*")))
-        except FileNotFoundError:  # its process has just removed or renamed it
-            continue
-        if path != own and path.is_dir() and time.time() - newest > ABANDONED:
-            log.info("%s: removed; left by a store build that never finished", path)
-            shutil.rmtree(path, ignore_errors=True)

@@ -16,6 +16,7 @@ import math
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -176,6 +177,21 @@ def check_replaceable(directory: Path, kind: Kind) -> None:
     foreign = [name for name, path in names.items() if (size := _size(path)) is None or recorded.get(name) != size]
     if foreign:
         raise UsageError(f"{directory}: files were added or changed since it was made ({named(foreign)}); {remedy}")
+
+
+def remove_abandoned(parent: Path, seconds: float) -> None:
+    """Remove partial directories that nobody has written to for `seconds`, whose keys may never be built again."""
+    for partial in parent.glob(".*.partial"):
+        final = re.fullmatch(r"\.(.+)\.[0-9a-f]{12}\.partial", partial.name)
+        if not final or not partial.is_dir() or paths.lock_file(parent / final[1]).exists():
+            continue
+        try:
+            newest = max(entry.stat().st_mtime for entry in (partial, *partial.rglob("*")))
+        except FileNotFoundError:  # its process has just published or removed it
+            continue
+        if time.time() - newest > seconds:
+            log.info("%s: removed; a process was killed while building it", partial)
+            _remove(partial)
 
 
 def named(cases: Iterable[str]) -> str:
