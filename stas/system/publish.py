@@ -165,18 +165,26 @@ def check_replaceable(directory: Path, kind: Kind) -> None:
         return
     if directory.is_symlink() or not directory.is_dir():
         raise UsageError(f"{directory}: not a directory made by stas; {remedy}")
-    found = _files(directory)
-    if not found:
-        return
-    try:
-        content = read_manifest(directory, kind)
-    except InputDataError as error:
-        raise UsageError(f"{directory}: not known to be stas's own {kind} ({error}); {remedy}") from error
-    recorded = content["files"]
-    names = {str(path.relative_to(directory)): path for path in found if path != paths.manifest_file(directory)}
-    foreign = [name for name, path in names.items() if (size := _size(path)) is None or recorded.get(name) != size]
-    if foreign:
-        raise UsageError(f"{directory}: files were added or changed since it was made ({named(foreign)}); {remedy}")
+    while True:
+        try:
+            content = read_manifest(directory, kind)
+        except InputDataError as error:
+            if not _files(directory):
+                return
+            raise UsageError(f"{directory}: not known to be stas's own {kind} ({error}); {remedy}") from error
+        foreign = _foreign(directory, content["files"])
+        if not foreign:
+            return
+        if read_json(paths.manifest_file(directory)) == content:  # otherwise another process has just replaced it
+            break
+    raise UsageError(f"{directory}: files were added or changed since it was made ({named(foreign)}); {remedy}")
+
+
+def _foreign(directory: Path, recorded: dict[str, Any]) -> list[str]:
+    """The names of the files below a directory that its manifest lacks, or records with another size."""
+    own = paths.manifest_file(directory)
+    sizes = {str(path.relative_to(directory)): _size(path) for path in _files(directory) if path != own}
+    return [name for name, size in sizes.items() if size is None or recorded.get(name) != size]
 
 
 def remove_abandoned(parent: Path, seconds: float) -> None:

@@ -229,3 +229,19 @@ def test_a_directory_without_a_name_is_refused(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(UsageError, match="has no name of its own"):
         check_replaceable(Path(name), "vote")
+
+
+@pytest.mark.parametrize("when", ["before the listing", "after the listing"])
+def test_a_result_replaced_during_the_check_is_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str):
+    made(tmp_path / "set", "old", "ab")
+    listed = publish._files
+
+    def replaced(directory: Path) -> list[Path]:
+        monkeypatch.setattr(publish, "_files", listed)
+        found = listed(directory)
+        made(tmp_path / "set", "new", "c")
+        return listed(directory) if when == "before the listing" else found
+
+    monkeypatch.setattr(publish, "_files", replaced)
+    check_replaceable(tmp_path / "set", "vote")
+    assert names(tmp_path / "set") == ["c.png", "manifest.json"]
