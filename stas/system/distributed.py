@@ -70,23 +70,33 @@ def entered_by_first(ranks: Ranks, context: AbstractContextManager[T]) -> Iterat
     """Enter a context on the first rank only, and leave it once all ranks are done; the others get None.
 
     Raises:
-        StoppedEarly: on the other ranks, if the first could not enter; the first raises its own error.
+        StoppedEarly: on the other ranks, if the first could not enter or leave; the first raises its own error.
     """
     with ExitStack() as stack:
         value = failure = None
         if ranks.first:
             try:
                 value = stack.enter_context(context)
-            except Exception as error:  # raised below, once the others know
+            except Exception as error:
                 failure = error
-        failed = any_rank(failure is not None)[0]
-        if failure:
-            raise failure
-        if failed:
-            raise StoppedEarly("the first rank could not start; its own message says why")
+        _agree(failure, "start")
         yield value
         barrier()
-    barrier()  # the others must not end before the first has published
+        try:
+            stack.close()
+        except Exception as error:
+            failure = error
+        # The others must not end before the first has published, and must learn if it could not.
+        _agree(failure, "finish")
+
+
+def _agree(failure: Exception | None, what: str) -> None:
+    """Raise the first rank's failure there, and StoppedEarly on the others, once all ranks know of it."""
+    failed = any_rank(failure is not None)[0]
+    if failure:
+        raise failure
+    if failed:
+        raise StoppedEarly(f"the first rank could not {what}; its own message says why")
 
 
 def sum_over_ranks(values: Sequence[float]) -> list[float]:

@@ -54,3 +54,35 @@ def test_two_ranks_agree(tmp_path: Path):
         assert said["sum"] == [3.0, 20.0]
         assert said["second stops"] and not said["none stops"]
         assert said["mean"] == [5.0, 5.0], "the first rank's statistics"
+
+
+LEFT_BY_FIRST = """
+import sys
+from contextlib import contextmanager
+from stas.errors import StoppedEarly
+from stas.system import distributed
+
+@contextmanager
+def publishing():
+    yield "the lock"
+    raise StoppedEarly("the lock is lost")
+
+with distributed.join_ranks() as ranks:
+    try:
+        with distributed.entered_by_first(ranks, publishing()) as held:
+            assert (held is not None) == ranks.first
+    except StoppedEarly as error:
+        open(f"{sys.argv[1]}/{ranks.rank}", "w").write(str(error))
+"""
+
+
+@pytest.mark.slow
+def test_all_ranks_learn_that_the_first_could_not_publish(tmp_path: Path):
+    """Else the others would end with an error of their own, and the job with 1 instead of 75."""
+    script = tmp_path / "ranks.py"
+    script.write_text(LEFT_BY_FIRST)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | QUIET | {"PYTHONPATH": str(Path.cwd())}
+    subprocess.run([*torchrun, script, tmp_path], env=environment, check=True, timeout=PATIENCE)
+    assert (tmp_path / "0").read_text() == "the lock is lost"
+    assert "the first rank could not finish" in (tmp_path / "1").read_text()
