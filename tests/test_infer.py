@@ -1,11 +1,13 @@
 import json
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from stas import infer as infer_module
 from stas.config import Recipe
 from stas.data.images import read_image
 from stas.errors import InputDataError, UsageError
@@ -64,22 +66,45 @@ def test_the_same_again_does_nothing_and_other_settings_do(store_workspace, trai
     assert sum(mask.sum() for mask in masks(out).values()) > foreground
 
 
-def test_a_cut_off_run_makes_only_what_is_missing(store_workspace, trained, sample, tmp_path):
-    """A damaged image stops the run; once it is repaired, existing masks are not made again."""
+def cut_off(run, images, workspace, name, monkeypatch) -> Path:
+    """The partial directory of an inference that was killed just before it could publish."""
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(infer_module, "write_set_manifest", killed)
+        infer(run, images, workspace, name=name)
+    (partial,) = workspace.predictions(name).parent.glob(f".{name}.*.partial")
+    assert len(masks(partial)) == 10
+    return partial
+
+
+def killed(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_cut_off_run_makes_only_what_is_missing(store_workspace, trained, sample, monkeypatch):
+    partial = cut_off(trained, sample / "Train_Images", store_workspace, "cut", monkeypatch)
+    first, second = sorted(partial.glob("*.png"))[:2]
+    first.unlink()
+    kept = second.stat()
+    out = infer(trained, sample / "Train_Images", store_workspace, name="cut")
+    assert masks(out).keys() == {path.stem for path in (sample / "Train_Images").iterdir()}
+    after = (out / second.name).stat()
+    assert (after.st_ino, after.st_mtime_ns) == (kept.st_ino, kept.st_mtime_ns), "an existing mask was made again"
+    assert not list(out.parent.glob(".cut.*"))
+
+
+def test_a_damaged_image_stops_the_run_and_publishes_nothing(store_workspace, trained, sample, tmp_path):
     images = tmp_path / "images"
-    images.mkdir()
-    for path in sorted((sample / "Train_Images").iterdir()):
-        (images / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(sample / "Train_Images", images)
     last = sorted(images.iterdir())[-1]
     whole = last.read_bytes()
     last.write_bytes(whole[:500])
     with pytest.raises(InputDataError, match=last.name):
-        infer(trained, images, store_workspace, name="cut")
-    assert not store_workspace.predictions("cut").exists()
+        infer(trained, images, store_workspace, name="damaged")
+    assert not store_workspace.predictions("damaged").exists()
     last.write_bytes(whole)
-    out = infer(trained, images, store_workspace, name="cut")
+    out = infer(trained, images, store_workspace, name="damaged")
     assert masks(out).keys() == {path.stem for path in images.iterdir()}
-    assert not list(out.parent.glob(".cut.*"))
+    assert not list(out.parent.glob(".damaged.*"))
 
 
 def test_a_mask_does_not_depend_on_which_images_are_predicted_beside_it(store_workspace, trained, sample, tmp_path):
@@ -93,24 +118,14 @@ def test_a_mask_does_not_depend_on_which_images_are_predicted_beside_it(store_wo
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x89PNG\r\n\x1a\n"])
-def test_a_damaged_mask_of_a_cut_off_run_is_made_again(store_workspace, trained, sample, tmp_path, damage):
+def test_a_damaged_mask_of_a_cut_off_run_is_made_again(store_workspace, trained, sample, monkeypatch, damage):
     """After a power cut a file may be empty or truncated."""
-    images = tmp_path / "images"
-    shutil.copytree(sample / "Train_Images", images)
-    last = sorted(images.iterdir())[-1]
-    whole = last.read_bytes()
-    last.write_bytes(whole[:500])
-    name = f"power{len(damage)}"
-    with pytest.raises(InputDataError, match=last.name):
-        infer(trained, images, store_workspace, name=name)
-    (partial,) = store_workspace.predictions(name).parent.glob(f".{name}.*.partial")
+    partial = cut_off(trained, sample / "Train_Images", store_workspace, "power", monkeypatch)
     first = sorted(partial.glob("*.png"))[0]
-    expected, first_name = first.read_bytes(), first.name
-    # Compute the key, and so the partial directory's name, from the undamaged images.
-    last.write_bytes(whole)
+    expected = first.read_bytes()
     first.write_bytes(damage)
-    out = infer(trained, images, store_workspace, name=name)
-    assert (out / first_name).read_bytes() == expected
+    out = infer(trained, sample / "Train_Images", store_workspace, name="power")
+    assert (out / first.name).read_bytes() == expected
     assert len(masks(out)) == 10
 
 
