@@ -21,7 +21,7 @@ README = DOCS.parent / "README.md"
 QUOTED = {
     "Samples into the training step": "samples into the step / by the original chain from JPEG",
     "Samples scaled and augmented on this CPU": "samples scaled and augmented on this CPU / by nnU-Net v2's loader",
-    "Voting": "vote: time of the original's cell / time",
+    "An AdaBelief step over many small tensors": "AdaBelief step / adabelief-pytorch's: many small tensors",
 }
 
 
