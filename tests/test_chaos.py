@@ -245,7 +245,7 @@ def test_killed_at_every_file_operation(walk: Walk):
 
 REFUSALS = {
     "ENOSPC": r"No space left on device \(\d+\.\d of \d+ MiB free\): free some space",
-    "EDQUOT": "Disk quota exceeded: remove what is not needed",
+    "EDQUOT": "Disk quota exceeded: delete files you do not need",
     "EROFS": "Read-only file system: mount the volume for writing",
     "EIO": "Input/output error: the disk or its network failed",
 }
