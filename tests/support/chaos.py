@@ -25,11 +25,11 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
-from torch.utils import tensorboard
 
 from stas import cli, infer
 from stas.models import checkpoint
 from stas.system import files, threads
+from stas.training import metrics_log
 from tests.support.launch import PATIENCE
 
 CALLS = (
@@ -238,7 +238,7 @@ def _child(work: Callable[[Path], None], root: Path, ready: int, go: int, errors
         os.dup2(errors, 2)
         os.dup2(errors, 1)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-        tensorboard.SummaryWriter = MagicMock(return_value=MagicMock(log_dir="events"))  # its thread writes at any time
+        metrics_log.SummaryWriter = MagicMock(return_value=MagicMock(log_dir="events"))  # its thread writes at any time
         for module in (checkpoint, files, infer, threads):
             module.ThreadPoolExecutor = Inline  # pyright: ignore[reportAttributeAccessIssue]
         code = cli._run(lambda _: work(root), argparse.Namespace())
