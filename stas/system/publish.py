@@ -79,7 +79,7 @@ def building(output: Output, patience: float = math.inf, keep: bool = False) -> 
         return
     check_replaceable(final, output.kind)
     with lock(paths.lock_file(final), patience) as held:
-        partial = _beside(final, hashlib.sha256(_as_json(output.key).encode()).hexdigest()[:12], "partial")
+        partial = _beside(final, hashlib.sha256(json.dumps(output.key).encode()).hexdigest()[:12], "partial")
         _remove_leftovers(final, partial if keep and not is_finished(output) else None)
         if is_finished(output):
             yield None
@@ -104,8 +104,7 @@ def write_manifest(directory: Path, output: Output, finished: bool = True, **con
         finished: False for a result that is worth publishing, but that the next run should make again.
         **content: further entries of the manifest.
     """
-    files = {str(path.relative_to(directory)): path.stat().st_size for path in _files(directory)}
-    files.pop(paths.manifest_file(directory).name, None)
+    files = _sizes(directory)
     head = {"format": FORMATS[output.kind], "kind": output.kind, "key": output.key if finished else None}
     write_json(paths.manifest_file(directory), head | content | {"files": files})
 
@@ -140,8 +139,10 @@ def is_finished(output: Output) -> bool:
         content = read_manifest(output.directory, output.kind)
     except InputDataError:
         return False
-    same = content.get("key") == json.loads(_as_json(output.key))  # as JSON returns it: tuples become lists
-    return same and not _differences(output.directory, content["files"])
+    if content.get("key") != json.loads(json.dumps(output.key)):  # as JSON returns it: tuples become lists
+        return False
+    sizes = _sizes(output.directory)
+    return all(sizes.get(name) == size for name, size in content["files"].items())
 
 
 def is_settled(output: Output) -> bool:
@@ -182,8 +183,7 @@ def check_replaceable(directory: Path, kind: Kind) -> None:
 
 def _foreign(directory: Path, recorded: dict[str, Any]) -> list[str]:
     """The names of the files below a directory that its manifest lacks, or records with another size."""
-    own = paths.manifest_file(directory)
-    sizes = {str(path.relative_to(directory)): _size(path) for path in _files(directory) if path != own}
+    sizes = _sizes(directory)
     return [name for name, size in sizes.items() if size is None or recorded.get(name) != size]
 
 
@@ -270,10 +270,10 @@ def _resume(output: Output) -> None:
         remove_leftovers(directory)
 
 
-def _differences(directory: Path, recorded: dict[str, Any]) -> bool:
-    """Whether a recorded file is missing or has another size."""
-    sizes = {str(path.relative_to(directory)): _size(path) for path in _files(directory)}
-    return any(sizes.get(name) != size for name, size in recorded.items())
+def _sizes(directory: Path) -> dict[str, int | None]:
+    """The size (see `_size`) of every file below a directory but its manifest, by relative name, sorted."""
+    own = paths.manifest_file(directory)
+    return {str(path.relative_to(directory)): _size(path) for path in _files(directory) if path != own}
 
 
 def _files(directory: Path) -> list[Path]:
@@ -306,7 +306,3 @@ def _leftovers(final: Path, suffix: str) -> list[Path]:
 
 def _beside(final: Path, tag: str, suffix: str) -> Path:
     return final.with_name(f".{final.name}.{tag}.{suffix}")
-
-
-def _as_json(key: Any) -> str:
-    return json.dumps(key)

@@ -30,6 +30,15 @@ with distributed.join_ranks() as ranks:
 """
 
 
+def run_two_ranks(code: str, directory: Path) -> None:
+    """Run a script as two ranks, with the directory that its results go to as its argument."""
+    script = directory / "ranks.py"
+    script.write_text(code)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | QUIET | {"PYTHONPATH": str(Path.cwd())}
+    subprocess.run([*torchrun, script, directory], env=environment, check=True, timeout=PATIENCE)
+
+
 def test_one_process_is_the_only_rank():
     with distributed.join_ranks() as ranks:
         assert (ranks.rank, ranks.size, ranks.first) == (0, 1, True)
@@ -41,11 +50,7 @@ def test_one_process_is_the_only_rank():
 
 @pytest.mark.slow
 def test_two_ranks_agree(tmp_path: Path):
-    script = tmp_path / "ranks.py"
-    script.write_text(TWO_RANKS)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | QUIET | {"PYTHONPATH": str(Path.cwd())}
-    subprocess.run([*torchrun, script, tmp_path], env=environment, check=True, timeout=PATIENCE)
+    run_two_ranks(TWO_RANKS, tmp_path)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert (first["rank"], first["first"], second["rank"], second["first"]) == (0, True, 1, False)
     for said in (first, second):
@@ -79,10 +84,6 @@ with distributed.join_ranks() as ranks:
 @pytest.mark.slow
 def test_all_ranks_learn_that_the_first_could_not_publish(tmp_path: Path):
     """Else the others would end with an error of their own, and the job with 1 instead of 75."""
-    script = tmp_path / "ranks.py"
-    script.write_text(LEFT_BY_FIRST)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | QUIET | {"PYTHONPATH": str(Path.cwd())}
-    subprocess.run([*torchrun, script, tmp_path], env=environment, check=True, timeout=PATIENCE)
+    run_two_ranks(LEFT_BY_FIRST, tmp_path)
     assert (tmp_path / "0").read_text() == "the lock is lost"
     assert "the first rank could not finish" in (tmp_path / "1").read_text()
