@@ -43,12 +43,27 @@ stage() {
     ((status == 0)) || exit "$status"
 }
 
+# The file that says that a task of an array predicted its member. Slurm itself soon forgets how a task ended.
+predicted_file() { echo "$WORKSPACE/logs/infer-$1_$2.done"; }
+
+# Note that this task has predicted its member, and the number of the last one.
+predicted() {
+    mkdir -p "$WORKSPACE/logs"
+    echo "$SLURM_ARRAY_TASK_MAX" >"$(predicted_file "$SLURM_ARRAY_JOB_ID" "$SLURM_ARRAY_TASK_ID")"
+}
+
 # Stop the vote if a member failed. scripts/submit_slurm sets INFER_JOB; a vote submitted by hand uses existing masks.
 all_predicted() {
-    local failed
+    local number last missing=
     [[ -n ${INFER_JOB:-} ]] || return 0
-    failed=$(scontrol --oneliner show job "$INFER_JOB" | grep -v JobState=COMPLETED | grep -o 'ArrayTaskId=[0-9,-]*') || return 0
-    echo "no vote, because members are missing: number ${failed//$'\n'/, } of $ENSEMBLE; see $WORKSPACE/logs." \
+    last=$(sort -n "$WORKSPACE/logs/infer-${INFER_JOB}_"*.done 2>/dev/null | tail -n 1) || true
+    [[ $last =~ ^[0-9]{1,4}$ ]] || last=
+    for ((number = 0; number <= ${last:-0}; number++)); do
+        [[ -s $(predicted_file "$INFER_JOB" "$number") ]] || missing+="${missing:+, }ArrayTaskId=$number"
+    done
+    [[ -n $missing ]] || return 0
+    [[ -n $last ]] || missing="${missing} and all others"
+    echo "no vote, because members are missing: number $missing of $ENSEMBLE; see $WORKSPACE/logs." \
         "There may be masks of an older run; to vote on existing masks, run sbatch slurm/vote.sbatch" >&2
     exit 3
 }

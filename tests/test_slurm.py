@@ -153,6 +153,30 @@ def test_a_member_that_fails_leaves_the_others_and_the_vote_says_who_is_missing(
     assert "1 of 3 members are missing" in said and "broken: no" in said
 
 
+def test_a_vote_never_takes_masks_of_an_older_run(slurm: Slurm, site: SimpleNamespace):
+    """A member of this round failed, its masks of the last round are there, and Slurm has forgotten how it ended."""
+    workspace = site.workspace
+    for member in MEMBERS:  # the last round
+        recipe = site.root / f"{member}.yaml"
+        assert stas("train", "--recipe", recipe, "--run", member, "--workspace", workspace.root).returncode == 0
+    ensemble = {"ENSEMBLE": str(site.root / "ensemble.yaml")}
+    last = submit(slurm, site, "infer", **ensemble)
+    assert slurm.wait(last, 2 * PATIENCE) == ["COMPLETED"] * 3
+    again = submit(slurm, site, "infer", **ensemble, PREDICT_IMAGES="/nonexistent")
+    assert slurm.wait(again) == ["FAILED"] * 3
+    gone = {**slurm.environment, "LANG": "C"}
+    wait_until(
+        lambda: subprocess.run(["scontrol", "show", "job", again], env=gone, capture_output=True).returncode != 0,
+        "Slurm to forget the job",
+    )
+    vote = submit(slurm, site, "vote", **ensemble, INFER_JOB=again)
+    assert slurm.wait(vote) == ["FAILED"]
+    assert "members are missing: number ArrayTaskId=0 and all others of" in log_of(site, vote, "vote")
+    vote = submit(slurm, site, "vote", **ensemble, INFER_JOB=last)
+    slurm.wait(vote)
+    assert "vote of one, two, three: 10 masks" in log_of(site, vote, "vote")
+
+
 def test_two_nodes_train_one_run(slurm: Slurm, site: SimpleNamespace):
     options = ("--array=1", "--nodes=2", "--gpus-per-node=1")
     recipe = site.root / "pair.yaml"
@@ -233,7 +257,7 @@ def test_a_requeued_job_resumes(slurm: Slurm, site: SimpleNamespace):
 
 
 def test_a_dry_run_submits_nothing_and_shows_the_chain(slurm: Slurm, site: SimpleNamespace):
-    before = slurm.run("squeue", "--noheader", "--states=all", "--format=%A")
+    before = slurm.jobs()
     done = subprocess.run(
         [REPOSITORY / "scripts" / "submit_slurm", "--dry-run"],
         env=os.environ | slurm.environment | site.environment,
@@ -241,7 +265,7 @@ def test_a_dry_run_submits_nothing_and_shows_the_chain(slurm: Slurm, site: Simpl
         text=True,
         check=True,
     )
-    assert slurm.run("squeue", "--noheader", "--states=all", "--format=%A") == before
+    assert slurm.jobs() == before
     lines = done.stderr.splitlines()
     assert [line.split()[-1] for line in lines] == [
         f"slurm/{name}.sbatch" for name in ("preprocess", "train", "infer", "vote")

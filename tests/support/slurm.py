@@ -4,10 +4,11 @@ import os
 import shutil
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.support.launch import PATIENCE, wait_until
@@ -29,9 +30,13 @@ def why_not() -> str | None:
 
 @dataclass(frozen=True)
 class Slurm:
-    """A running cluster; with `environment`, client commands talk to it."""
+    """A running cluster; with `environment`, client commands talk to it.
+
+    Slurm forgets a job minutes after its end, here after two seconds, so `watch` looks at the jobs all the time.
+    """
 
     environment: dict[str, str]
+    seen: dict[str, dict[str, str]] = field(default_factory=dict)  # the last details of each job and array task
 
     def run(self, *line: object, **environment: str) -> str:
         """Run a client command; return its output."""
@@ -46,10 +51,29 @@ class Slurm:
         assert done.returncode == 0, f"{line}: {done.stderr}"
         return done.stdout.strip()
 
+    def look(self) -> None:
+        """Remember the details of every job that Slurm knows."""
+        for line in self.run("scontrol", "--oneliner", "show", "job").splitlines():
+            job = dict(word.split("=", 1) for word in line.split() if "=" in word)
+            if "JobId" in job:
+                self.seen[job["JobId"]] = job
+
+    def watch(self, stopped: threading.Event) -> None:
+        """Look every second."""
+        while not stopped.wait(1):
+            self.look()
+
+    def jobs(self) -> list[str]:
+        """The numbers of all jobs there ever were."""
+        self.look()
+        return sorted(self.seen)
+
     def details(self, job: str) -> list[dict[str, str]]:
-        """Output of `scontrol show job`, one dictionary per task of an array."""
-        lines = self.run("scontrol", "--oneliner", "show", "job", job).splitlines()
-        return [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines]
+        """Last output of `scontrol show job`, one dictionary per task of an array."""
+        self.look()
+        found = [task for task in list(self.seen.values()) if job in (task["JobId"], task.get("ArrayJobId"))]
+        assert found, f"no job {job}"
+        return found
 
     def states(self, job: str) -> list[str]:
         """The states of a job's tasks, in order of number."""
@@ -95,6 +119,11 @@ def start_slurm(root: Path) -> Iterator[Slurm]:
         slurm = Slurm(environment)
         daemons.callback(lambda: slurm.run("scancel", "--full", "--signal=KILL", "--user=root"))
         wait_until(lambda: _idle(slurm) == 2, f"the nodes; see the logs in {root}")
+        stopped = threading.Event()
+        watching = threading.Thread(target=slurm.watch, args=[stopped])
+        watching.start()
+        daemons.callback(watching.join)
+        daemons.callback(stopped.set)
         yield slurm
 
 
@@ -138,7 +167,7 @@ GresTypes=gpu
 SlurmdParameters=config_overrides
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 KillWait=30
-MinJobAge=3600
+MinJobAge=2
 NodeName=n1 NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={first} CPUs=32 RealMemory=800000 Gres=gpu:4
 NodeName=n2 NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={second} CPUs=32 RealMemory=800000 Gres=gpu:4
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
