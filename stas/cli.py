@@ -154,7 +154,7 @@ def _infer(options: argparse.Namespace) -> None:
 def _vote(options: argparse.Namespace) -> None:
     from stas.vote import vote
 
-    ties = options.ties
+    ties, workspace, runs = options.ties, None, None
     if bool(options.members) + bool(options.runs) + bool(options.ensemble) != 1:
         raise UsageError("vote: give exactly one of: names of runs, --ensemble NAME, or --members DIR DIR DIR")
     if options.members:
@@ -163,11 +163,12 @@ def _vote(options: argparse.Namespace) -> None:
         members, out = options.members, options.out
     else:
         workspace = _workspace(options)
-        runs = options.runs
+        names = options.runs
         if options.ensemble:
             ensemble = _scored_ensemble(options)
-            runs, ties = ensemble.runs, ties or (None if options.soft else ensemble.ties)
-        members = [workspace.predictions(_set_name(run, options)) for run in runs]
+            names = runs = ensemble.runs
+            ties = ties or (None if options.soft else ensemble.ties)
+        members = [workspace.predictions(_set_name(name, options)) for name in names]
         out = options.out or workspace.predictions(options.name or _set_name(VOTE, options))
     vote(
         members,
@@ -177,6 +178,8 @@ def _vote(options: argparse.Namespace) -> None:
         soft=options.soft,
         threshold=options.threshold,
         workers=options.workers,
+        workspace=workspace,
+        runs=runs,
     )
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from stas.config import Data
-from stas.data.annotations import find_image, rasterise, read_labelme
-from stas.data.images import list_images, read_image, read_member_mask
+from stas.data.annotations import find_image, read_labelme
+from stas.data.images import MAX_IMAGE_BYTES, list_images, read_image
 from stas.errors import InputDataError, UsageError
+from stas.results.foreground import Seen, check_threshold, foreground, log_seen
 from stas.results.metrics import bootstrap_interval, confusion, dice, iou, mean_dice, pooled_dice, precision, recall
-from stas.results.predictions import Members, digest, list_members, log_graded
+from stas.results.predictions import Member, Members, changed, digest, list_members, read_once
+from stas.results.provenance import check_unchanged, check_vote_of
 from stas.results.sheets import Case, Picked, draw_overview, draw_sheet, pick_cases
-from stas.system.files import atomic_write, read_json, write_json, write_text
-from stas.system.publish import Output, building, check_replaceable, named, write_manifest
+from stas.results.truth import Truth, list_truth, read_truth, unknown_label
+from stas.system.files import atomic_write, read_json, sha256, write_json, write_text
+from stas.system.publish import Output, building, check_replaceable, write_manifest
 from stas.system.threads import in_threads
 
 log = logging.getLogger(__name__)
@@ -36,18 +40,20 @@ LEGEND = (
 
 
 @dataclass(frozen=True)
-class Truth:
-    """The true masks of a directory.
+class Scored:
+    """What is scored, as it was when it was first read.
 
     Attributes:
-        directory: where they are.
-        files: LabelMe JSON or mask PNG by stem.
-        label: the LabelMe label that is foreground.
+        listed: the predictions.
+        hashes: the SHA-256 of each mask's file, by member and stem.
+        truth: the true masks.
+        threshold: a prediction is foreground above this value; None: above 0.
     """
 
-    directory: Path
-    files: dict[str, Path]
-    label: str
+    listed: Members
+    hashes: dict[str, dict[str, str]]
+    truth: Truth
+    threshold: float | None
 
 
 def evaluate(
@@ -64,44 +70,55 @@ def evaluate(
     Args:
         predictions: directories of mask PNGs of the same images; the last one (the vote) decides which cases
             are drawn.
-        truth: directory of LabelMe JSON files or, without any, mask PNGs (above 0 is foreground), named like the masks.
+        truth: directory of LabelMe JSON files or, without any, mask PNGs of 0 and one other value, named like the
+            predictions.
         out: the new directory; an identical earlier evaluation is kept.
         images: the original images for the pictures; by default those the LabelMe files point to.
         label: the LabelMe label that is foreground; by default the one in the predictions' manifests.
-        threshold: a prediction is foreground above this value; above 0 by default (see `read_member_mask`).
+        threshold: a prediction is foreground above this value, in its file's own units, and so is a true mask that
+            has more than two values; by default a prediction above 0, and no such true mask is accepted.
         sheets: how many cases to draw, a third each of the worst, the middle and the best.
 
     Returns:
         The content of summary.json; scores by member under "members".
 
     Raises:
-        UsageError: no predictions, or `out` is not an evaluation.
-        InputDataError: predictions without truth, or with different cases or sizes; names them.
+        UsageError: no predictions, an impossible threshold, or `out` is not an evaluation.
+        InputDataError: predictions without truth, with different cases or sizes, or not as their manifest records
+            them; or a truth that is not a mask; names them.
+        StoppedEarly: a file changed while it was read.
     """
     if not predictions:
         raise UsageError("no predictions given: name at least one directory of mask PNGs")
+    if sheets < 0:
+        raise UsageError(f"--sheets {sheets}: give the number of pictures, 0 for none")
+    check_threshold(threshold)
     check_replaceable(out, "evaluation")
     listed = list_members(predictions)
-    truths = _list_truth(truth, _label(label, listed), listed.stems)
-    output = Output(out, "evaluation", _key(listed, truths, images, threshold, sheets))
+    check_vote_of(listed.members)
+    truths = list_truth(truth, _label(label, listed), listed.stems, threshold)
+    scored = Scored(listed, {member.name: _hashes(member) for member in listed.members}, truths, threshold)
+    output = Output(out, "evaluation", _key(scored, images, sheets))
     with building(output) as partial:
         if partial is None:
             log.info("%s: these predictions are already scored against this truth, nothing to do", out)
             summary = read_json(out / SUMMARY)
         else:
-            counts = _count(listed, truths, threshold)
-            summary = _summarise(listed, counts, truths)
+            counts, warnings = _count(scored)
+            summary = _summarise(listed, counts, truths, warnings)
             write_json(partial / SUMMARY, summary)
             write_text(partial / "scores.csv", _csv(listed, counts))
-            complete = _draw(partial, listed, truths, counts, images, threshold, sheets)
+            complete = _draw(partial, scored, counts, images, sheets)
             # Not finished while a sheet lacks its image: the next run looks for the image again.
             write_manifest(partial, output, finished=complete)
     try:
-        text = table(summary)
+        text, warnings = table(summary), list(map(str, summary["warnings"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # from an earlier evaluation, not yet checked
         raise InputDataError(
             f"{out / SUMMARY}: not a summary of scores ({error!r}): delete {out} and run the command again"
         ) from error
+    for warning in warnings:
+        log.warning("%s", warning)
     print(f"{text}\nscores: {out / 'scores.csv'}, {out / SUMMARY}")
     if (out / "sheets.png").is_file():
         print(f"pictures: {out / 'sheets.png'}, {out / 'sheets'}")
@@ -139,71 +156,69 @@ def _label(given: str | None, listed: Members) -> str:
     return given or listed.label or Data().label
 
 
-def _list_truth(directory: Path, label: str, stems: Sequence[str]) -> Truth:
-    """The truth of every prediction. JSON wins, because a PNG beside a JSON is its image."""
-    if not directory.is_dir():
-        raise InputDataError(f"{directory}: not a directory; give the directory of LabelMe JSON files or mask PNGs")
-    files = {path.stem: path for path in sorted(directory.glob("*.json")) if path.name != "manifest.json"}
-    files = files or list_images(directory, (".png",))
-    missing = [stem for stem in stems if stem not in files]
-    if missing:
-        raise InputDataError(
-            f"{directory}: no truth for {len(missing)} of {len(stems)} predictions ({named(missing)}): add "
-            "<stem>.json or <stem>.png for each, or leave these predictions out"
-        )
-    if len(files) > len(stems):
-        log.info("%d of %d truths have predictions; only these are scored", len(stems), len(files))
-    return Truth(directory, {stem: files[stem] for stem in stems}, label)
+def _hashes(member: Member) -> dict[str, str]:
+    """The SHA-256 of a member's masks by stem; refuse masks that are not its own."""
+    paths = list(member.images.values())
+    found = in_threads(lambda path: sha256(path, MAX_IMAGE_BYTES), paths, "hashing")
+    check_unchanged(member, dict(zip((path.name for path in paths), found, strict=True)))
+    return dict(zip(member.images, found, strict=True))
 
 
-def _key(listed: Members, truths: Truth, images: Path | None, threshold: float | None, sheets: int) -> dict[str, Any]:
+def _key(scored: Scored, images: Path | None, sheets: int) -> dict[str, Any]:
     """The inputs that determine an evaluation."""
-    sources = [list(member.images.values()) for member in listed.members] + [list(truths.files.values())]
-    *members, truth = in_threads(digest, sources, "hashing")
+    truth = scored.truth
+    members = {
+        member.name: digest(member.images.values(), scored.hashes[member.name].values())
+        for member in scored.listed.members
+    }
     return {
-        "members": [{"name": name, "sha256": value} for name, value in zip(listed.names, members, strict=True)],
-        "truth": {"directory": str(truths.directory), "label": truths.label, "sha256": truth},
-        "options": {"images": images and str(images.resolve()), "threshold": threshold, "sheets": sheets},
+        "members": [{"name": name, "sha256": value} for name, value in members.items()],
+        "truth": {
+            "directory": str(truth.directory),
+            "label": truth.label,
+            "sha256": digest(truth.files.values(), truth.hashes.values()),
+        },
+        "options": {"images": images and str(images.resolve()), "threshold": scored.threshold, "sheets": sheets},
     }
 
 
-def _read_truth(truths: Truth, stem: str, size: tuple[int, int]) -> NDArray[np.bool_]:
-    """The true mask of a case, (height, width), bool, checked against the predictions' size."""
-    path = truths.files[stem]
-    if path.suffix == ".json":
-        annotation = read_labelme(path)
-        found = annotation.size or size
-        mask = rasterise(annotation.shapes, size, truths.label, path) if found == size else None
-    else:
-        mask, _ = read_member_mask(path)
-        found = mask.shape
-    if mask is None or found != size:
-        raise InputDataError(
-            f"{path}: the truth of {stem} is {found[1]} x {found[0]} pixels (width x height), but its predictions are "
-            f"{size[1]} x {size[0]}: both must have the image's own size"
-        )
-    return mask
+def _masks(scored: Scored, stem: str) -> list[tuple[NDArray[np.bool_], Seen]]:
+    """The members' masks of a case, (height, width), bool.
+
+    Raises:
+        StoppedEarly: a file changed since it was hashed.
+    """
+    found = []
+    for member in scored.listed.members:
+        path = member.images[stem]
+        values, content = read_once(path)
+        if content != scored.hashes[member.name][stem] or values.shape != scored.listed.sizes[stem]:
+            raise changed(path)
+        found.append(foreground(values, scored.threshold, path))
+    return found
 
 
-def _count(listed: Members, truths: Truth, threshold: float | None) -> NDArray[np.int64]:
-    """True positives, false positives and false negatives, (members, images, 3)."""
+def _count(scored: Scored) -> tuple[NDArray[np.int64], list[str]]:
+    """True positives, false positives and false negatives, (members, images, 3), and warnings."""
+    listed = scored.listed
 
-    def one_image(stem: str) -> list[tuple[tuple[int, int, int], bool]]:
-        truth = _read_truth(truths, stem, listed.sizes[stem])
-        masks = [read_member_mask(member.images[stem], threshold) for member in listed.members]
-        return [(confusion(mask, truth), graded) for mask, graded in masks]
+    def one_image(stem: str) -> tuple[list[tuple[int, int, int]], list[Seen], Counter[str]]:
+        truth = read_truth(scored.truth, stem, listed.sizes[stem])
+        masks, seen = zip(*_masks(scored, stem), strict=True)
+        return [confusion(mask, truth.mask) for mask in masks], list(seen), truth.labels
 
-    results = in_threads(one_image, listed.stems, "scores")
-    for index, name in enumerate(listed.names):
-        log_graded(name, sum(image[index][1] for image in results), len(results))
-    return np.array([[image[index][0] for image in results] for index in range(len(listed.members))], np.int64)
+    counts, seen, labels = zip(*in_threads(one_image, listed.stems, "scores"), strict=True)
+    log_seen(listed.names, seen)
+    warning = unknown_label(scored.truth, labels)
+    return np.array(counts, np.int64).swapaxes(0, 1), [warning] if warning else []
 
 
-def _summarise(listed: Members, counts: NDArray[np.int64], truths: Truth) -> dict[str, Any]:
+def _summarise(listed: Members, counts: NDArray[np.int64], truths: Truth, warnings: list[str]) -> dict[str, Any]:
     """Scores over all images, by member; counts are (members, images, 3)."""
     return {
         "truth": str(truths.directory),
         "images": len(listed.stems),
+        "warnings": warnings,
         "both_empty_counts_as": 1,
         "interval": {"level": LEVEL, "method": f"percentile bootstrap over images, {RESAMPLES} resamples, seed {SEED}"},
         "members": {
@@ -246,20 +261,12 @@ def _csv(listed: Members, counts: NDArray[np.int64]) -> str:
     return text.getvalue()
 
 
-def _draw(
-    out: Path,
-    listed: Members,
-    truths: Truth,
-    counts: NDArray[np.int64],
-    images: Path | None,
-    threshold: float | None,
-    total: int,
-) -> bool:
+def _draw(out: Path, scored: Scored, counts: NDArray[np.int64], images: Path | None, total: int) -> bool:
     """Draw sheets of the cases picked by the last member's Dice. Return whether each has its image.
 
     Cases with empty truth and empty prediction show nothing: they are drawn only if there are no others.
     """
-    last = counts[-1]
+    listed, truths, last = scored.listed, scored.truth, counts[-1]
     shown = np.flatnonzero(last.sum(axis=1)) if last.any() else np.arange(len(last))
     picked = [item._replace(case=int(shown[item.case])) for item in pick_cases(dice(last[shown]).tolist(), total)]
     originals = list_images(images) if images else {}
@@ -269,9 +276,9 @@ def _draw(
         size = listed.sizes[stem]
         rank = f"{item.group} case {item.number} of {len(last)} images"
         score = f"by the Dice of {listed.names[-1]}, here {dice(last[item.case]):.3f}"
-        masks = {member.name: read_member_mask(member.images[stem], threshold)[0] for member in listed.members}
+        masks = dict(zip(listed.names, (mask for mask, _ in _masks(scored, stem)), strict=True))
         title = f"{stem}: {rank} {score} ({size[1]} x {size[0]} pixels, width x height)"
-        return Case(title, _original(truths, stem, size, originals), _read_truth(truths, stem, size), masks)
+        return Case(title, _original(truths, stem, size, originals), read_truth(truths, stem, size).mask, masks)
 
     def one_sheet(item: Picked) -> tuple[bool, Image.Image | None]:
         case = case_of(item)
@@ -294,7 +301,7 @@ def _original(truths: Truth, stem: str, size: tuple[int, int], originals: dict[s
     source: Path | bytes | None = originals.get(stem)
     path = truths.files[stem]
     try:
-        if source is None and path.suffix == ".json":
+        if source is None and path.suffix.lower() == ".json":
             source = find_image(path, read_labelme(path), [])
         if source is None:
             log.warning(

@@ -1,5 +1,6 @@
 """Predict masks for a directory of images with one trained member, each at its image's own size."""
 
+import hashlib
 import logging
 from collections import deque
 from collections.abc import Sequence
@@ -7,32 +8,39 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from stas.config import Data, Recipe
 from stas.data.images import (
     MAX_IMAGE_BYTES,
+    MAX_PIXELS,
+    MAX_SIDE,
     grey_size,
     list_images,
     read_grey,
     read_image,
+    stated_size,
     write_mask,
     write_probability,
 )
+from stas.data.png import decode_grey
 from stas.errors import InputDataError, StoppedEarly, UsageError
 from stas.models.checkpoint import Checkpoint, fitting, load_checkpoint
 from stas.models.network import build_network, place
 from stas.models.predict import Picture, Settings, predict_logits, shrink
 from stas.paths import Workspace, mask_file, probability_file
 from stas.recipe import parse_recipe
-from stas.results.predictions import write_set_manifest
+from stas.results.predictions import changed, write_set_manifest
+from stas.results.provenance import check_own_files
 from stas.system import distributed
 from stas.system.distributed import Ranks
 from stas.system.files import sha256
 from stas.system.locks import PATIENCE
-from stas.system.publish import Output, building, named, read_manifest
+from stas.system.publish import Output, building, is_finished, named, read_manifest
 from stas.system.threads import bar, map_ahead
+from stas.system.untrusted import read_bounded
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +79,12 @@ def infer(
 
     Raises:
         InputDataError: an image or the checkpoint cannot be read.
-        UsageError: the prediction set exists for another run or other images, or its directory is not ours.
+        UsageError: the prediction set exists for another run or other images, one of its masks was changed since, or
+            its directory is not ours; or a threshold that would make all masks empty or full.
+        StoppedEarly: an image or the checkpoint changed while it was read.
     """
+    if threshold is not None:
+        _check_threshold(threshold)
     out = workspace.predictions(name or run)
     path = workspace.run(run).checkpoint(checkpoint)
     loaded = load_checkpoint(path)
@@ -87,17 +99,19 @@ def infer(
         "probabilities": probabilities,
     }
     with distributed.join_ranks() as ranks:
-        key = distributed.broadcast(_key(run, loaded, options, files) if ranks.first else {})
+        key = distributed.broadcast(_key(run, checkpoint, loaded, options, files) if ranks.first else {})
         if key["checkpoint"] != loaded.sha256:
             raise StoppedEarly(f"{path} was replaced while the ranks read it; run the same command again to resume")
         output = Output(out, "prediction set", key)
         _check_same_images(output)
+        if not is_finished(output):
+            check_own_files(out, output.kind)
         with distributed.entered_by_first(ranks, building(output, PATIENCE, keep=True)) as mine:
             partial = distributed.broadcast(mine)
             if partial is None:
                 log.info("%s: the masks of all %d images are there; nothing to do", out, len(files))
                 return out
-            _predict_share(loaded, recipe, files, partial, options, ranks)
+            _predict_share(loaded, recipe, files, partial, key, ranks)
             distributed.barrier()
             if mine:
                 sizes = {stem: grey_size(mask_file(partial, stem)) for stem in files}
@@ -106,31 +120,41 @@ def infer(
     return out
 
 
-def _key(run: str, loaded: Checkpoint, options: dict[str, Any], files: dict[str, Path]) -> dict[str, Any]:
+def _check_threshold(threshold: float) -> None:
+    """Refuse a threshold that every probability is above, or none: in 32 bits, as probabilities are."""
+    if not 0 < np.float32(threshold) < 1:  # also true for NaN
+        raise UsageError(
+            f"--threshold {threshold}: give a probability above 0 and below 1; at 0 every pixel would be foreground, "
+            "at 1 none"
+        )
+
+
+def _key(run: str, which: str, loaded: Checkpoint, options: dict[str, Any], files: dict[str, Path]) -> dict[str, Any]:
     """The inputs that determine a prediction set."""
     hashes = {stem: sha256(file, MAX_IMAGE_BYTES) for stem, file in files.items()}
-    return {"run": run, "checkpoint": loaded.sha256, **options, "images": hashes}
+    checkpoint = {"which": which, "checkpoint": loaded.sha256, "checksum": loaded.checksum}
+    return {"run": run, **checkpoint, **options, "images": hashes}
 
 
 def _predict_share(
-    loaded: Checkpoint, recipe: Recipe, files: dict[str, Path], partial: Path, options: dict[str, Any], ranks: Ranks
+    loaded: Checkpoint, recipe: Recipe, files: dict[str, Path], partial: Path, key: dict[str, Any], ranks: Ranks
 ) -> None:
     """Write the masks of every `ranks.size`-th image that is still missing in `partial`."""
-    with_probability = options["probabilities"]
+    with_probability = key["probabilities"]
     share = list(files)[ranks.rank :: ranks.size]
-    todo = [stem for stem in share if not _is_done(partial, stem, with_probability)]
+    todo = [stem for stem in share if not _is_done(partial, stem, files[stem], with_probability)]
     network = _network(loaded, recipe, ranks.device)
-    settings = Settings.of(recipe, options["tta"])
+    settings = Settings.of(recipe, key["tta"])
 
     def read(stem: str) -> tuple[str, Picture]:
-        return stem, _read(files[stem], recipe.data)
+        return stem, _read(files[stem], key["images"][stem], recipe.data)
 
     writing: deque[Future[None]] = deque()
     with ThreadPoolExecutor(WRITERS) as pool:
         pictures = map_ahead(read, todo, READERS)
         for stem, picture in bar(pictures, len(todo), "infer", show=ranks.first):
             logits = predict_logits(network, picture, settings)
-            writing.append(pool.submit(_write, partial, stem, logits, options["threshold"], with_probability))
+            writing.append(pool.submit(_write, partial, stem, logits, key["threshold"], with_probability))
             if len(writing) > WAITING:
                 writing.popleft().result()
         for future in writing:
@@ -145,8 +169,17 @@ def _network(loaded: Checkpoint, recipe: Recipe, device: torch.device) -> nn.Mod
     return place(network, device, recipe.train.channels_last).eval()
 
 
-def _read(file: Path, data: Data) -> Picture:
-    return shrink(read_image(file), data)
+def _read(file: Path, expected: str, data: Data) -> Picture:
+    """Read an image whose SHA-256 must be the one in the set's key: the masks claim to be of exactly this image."""
+    content = read_bounded(file, MAX_IMAGE_BYTES)
+    if hashlib.sha256(content).hexdigest() != expected:
+        raise changed(file)
+    try:
+        image = read_image(content)
+    except InputDataError:
+        read_image(file)  # says the same with the file's name
+        raise
+    return shrink(image, data)
 
 
 @torch.inference_mode()
@@ -158,15 +191,18 @@ def _write(partial: Path, stem: str, logits: Tensor, threshold: float, with_prob
     write_mask(mask_file(partial, stem), (probabilities > threshold).cpu().numpy(), synced=False)
 
 
-def _is_done(partial: Path, stem: str, with_probability: bool) -> bool:
-    """Whether an image's files are complete: a power cut may leave them empty."""
+def _is_done(partial: Path, stem: str, image: Path, with_probability: bool) -> bool:
+    """Whether an image's files are complete: a power cut may leave them empty or cut off.
+
+    Pillow reads a mask that lacks its end; `decode_grey` reads only what `write_mask` writes, to the last byte.
+    """
     try:
-        read_grey(mask_file(partial, stem))
-        if with_probability:
-            read_grey(probability_file(partial, stem))
+        mask = decode_grey(read_bounded(mask_file(partial, stem), MAX_IMAGE_BYTES), MAX_PIXELS, MAX_SIDE)
+        if mask is None or sorted(mask.shape) != sorted(stated_size(image)):  # the image may be turned by EXIF
+            return False
+        return not with_probability or read_grey(probability_file(partial, stem)).shape == mask.shape
     except InputDataError:
         return False
-    return True
 
 
 def _held_out(files: dict[str, Path], stems: Sequence[str], images: Path) -> dict[str, Path]:
@@ -186,17 +222,20 @@ def _check_same_images(output: Output) -> None:
     """
     try:
         before = read_manifest(output.directory, "prediction set")["key"]
-        run, images = before["run"], before["images"].keys()
-    except (InputDataError, KeyError, TypeError, AttributeError):
+        run, images = before["run"], dict(before["images"])
+    except (InputDataError, KeyError, TypeError, ValueError, AttributeError):
         return  # no prediction set: `building` refuses anything else
     if run != output.key["run"]:
         raise UsageError(
             f"{output.directory} holds masks of run {run}: "
             "give this set another name with --name, or remove the old one"
         )
-    lost = sorted(images - output.key["images"].keys())
-    if lost:
-        raise UsageError(
-            f"{output.directory} holds masks of {len(lost)} images that are not among these ({named(lost)}): "
-            "give this set another name with --name, or remove the old one"
-        )
+    now = output.key["images"]
+    lost = sorted(images.keys() - now.keys())
+    other = sorted(stem for stem, value in images.items() if now.get(stem, value) != value)
+    for stems, what in ((lost, "images that are not among these"), (other, "other images of the same names")):
+        if stems:
+            raise UsageError(
+                f"{output.directory} holds masks of {len(stems)} {what} ({named(stems)}): "
+                "give this set another name with --name, or remove the old one"
+            )

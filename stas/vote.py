@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,57 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stas import paths
-from stas.data.images import read_grey, read_member_mask, write_mask, write_probability
+from stas.data.images import write_mask, write_probability
 from stas.ensemble import Ties
 from stas.errors import InputDataError, UsageError
-from stas.results.predictions import Member, list_members, log_graded, pixel_digest, write_set_manifest
+from stas.paths import Workspace
+from stas.results.foreground import Seen, check_threshold, foreground, log_seen
+from stas.results.predictions import (
+    Grey,
+    Member,
+    Members,
+    changed,
+    digest,
+    list_members,
+    pixel_hashes,
+    read_once,
+    resolve,
+    write_set_manifest,
+)
+from stas.results.provenance import check_present, check_unchanged
 from stas.system.publish import Output, building, check_replaceable, named
 from stas.system.threads import in_threads
 
 log = logging.getLogger(__name__)
 
 MAX_WEIGHT = 1000  # summed over members, times a 16-bit probability, this stays far below 64 bits
+
+
+@dataclass(frozen=True)
+class Read:
+    """A file of a member, as it was when it was first read: its path, and the SHA-256 of its pixels and its bytes."""
+
+    path: Path
+    pixels: str
+    content: str
+
+    def again(self) -> Grey:
+        """Its values, (height, width).
+
+        Raises:
+            StoppedEarly: it is not the same file any more.
+        """
+        values, content = read_once(self.path)
+        if content != self.content:
+            raise changed(self.path)
+        return values
+
+    def mask(self, threshold: float | None, size: tuple[int, int]) -> tuple[NDArray[np.bool_], Seen]:
+        """Its foreground; see `foreground`. The size is that of its header when the members were listed."""
+        values = self.again()
+        if values.shape != size:
+            raise changed(self.path)
+        return foreground(values, threshold, self.path)
 
 
 def vote(
@@ -29,6 +71,8 @@ def vote(
     soft: bool = False,
     threshold: float | None = None,
     workers: int | None = None,
+    workspace: Workspace | None = None,
+    runs: Sequence[str] | None = None,
 ) -> Path:
     """Write the members' vote on every image as a prediction set.
 
@@ -41,22 +85,28 @@ def vote(
             writes the mean into `probabilities/`.
         threshold: a member's mask is foreground above this value; above 0 by default (see `read_member_mask`).
         workers: threads; by default one per processor.
+        workspace: if given, masks with a manifest must be those of their run's present checkpoint there.
+        runs: the run that each member must be the masks of; by default any, or none.
 
     Returns:
         `out`.
 
     Raises:
         UsageError: options that contradict each other, or a possible tie without `ties`.
-        InputDataError: members whose cases or sizes differ, or without probabilities; names them.
+        InputDataError: members whose cases, sizes or images differ, without probabilities, of another checkpoint than
+            the run's present one, or with masks that were changed since they were predicted; names them.
+        StoppedEarly: a mask changed while it was read.
     """
     votes = _votes(weights, len(members))
     _check_options(members, out, votes, ties, soft, threshold)
     listed = list_members(members)
-    files = {member.name: _files(member, soft) for member in listed.members}
-    hashes = [pixel_digest(list(files[name].values()), workers) for name in listed.names]
-    key: dict[str, Any] = {
-        "members": [{"name": name, "sha256": value} for name, value in zip(listed.names, hashes, strict=True)],
+    if workspace:
+        check_present(listed.members, workspace, runs)
+    read = {member.name: _read(member, soft, workers) for member in listed.members}
+    key = {
+        "members": [_recorded(member, read[member.name]) for member in listed.members],
         "options": {"votes": votes, "ties": ties, "soft": soft, "threshold": threshold},
+        "images": _common_images(listed),
     }
     output = Output(out, "vote", key)
     with building(output) as partial:
@@ -64,20 +114,18 @@ def vote(
             log.info("%s: already the vote of these members, nothing to do", out)
             return out
 
-        def one_image(stem: str) -> list[bool]:
-            sources = [files[name][stem] for name in listed.names]
+        def one_image(stem: str) -> list[Seen]:
+            sources = [read[name][stem] for name in listed.names]
             if soft:
                 _soft_vote(sources, votes, listed.sizes[stem], partial, stem)
-                return [False] * len(sources)
-            masks, graded = zip(*(read_member_mask(source, threshold) for source in sources), strict=True)
+                return [Seen()] * len(sources)
+            masks, seen = zip(*(source.mask(threshold, listed.sizes[stem]) for source in sources), strict=True)
             write_mask(paths.mask_file(partial, stem), majority(masks, votes, ties), synced=False)
-            return list(graded)
+            return list(seen)
 
-        graded = np.array(in_threads(one_image, listed.stems, "vote", workers))
-        for name, count in zip(listed.names, graded.sum(axis=0), strict=True):
-            log_graded(name, int(count), len(graded))
+        log_seen(listed.names, in_threads(one_image, listed.stems, "vote", workers))
         write_set_manifest(partial, output, listed.label, listed.sizes, soft)
-    print(f"vote of {', '.join(listed.names)}: {len(graded)} masks in {out}")
+    print(f"vote of {', '.join(listed.names)}: {len(listed.sizes)} masks in {out}")
     return out
 
 
@@ -121,8 +169,9 @@ def _check_options(
     soft: bool,
     threshold: float | None,
 ) -> None:
-    if out.resolve() in [member.resolve() for member in members]:
+    if resolve(out) in [resolve(member) for member in members]:
         raise UsageError(f"{out} is a member and cannot also be the vote's directory: give another")
+    check_threshold(threshold)
     check_replaceable(out, "vote")
     if soft and (ties or threshold is not None):
         raise UsageError(
@@ -153,6 +202,31 @@ def _votes(weights: Sequence[int] | None, members: int) -> list[int]:
     return list(weights)
 
 
+def _read(member: Member, soft: bool, workers: int | None) -> dict[str, Read]:
+    """Read and hash the files that a vote needs of a member, by stem; refuse any that are not its own."""
+    files = _files(member, soft)
+    hashes = pixel_hashes(list(files.values()), workers)
+    read = {stem: Read(path, *both) for (stem, path), both in zip(files.items(), hashes, strict=True)}
+    check_unchanged(member, {str(one.path.relative_to(member.directory)): one.content for one in read.values()})
+    return read
+
+
+def _recorded(member: Member, read: dict[str, Read]) -> dict[str, Any]:
+    """A member as the vote's manifest records it."""
+    pixels = digest([one.path for one in read.values()], [one.pixels for one in read.values()])
+    made = member.made
+    origin = {"set": made.set, "run": made.run, "checksum": made.checksum} if made else {}
+    return {"name": member.name, "sha256": pixels, **origin}
+
+
+def _common_images(listed: Members) -> dict[str, str] | None:
+    """The SHA-256 of the image of every mask, by stem; None unless every member's manifest has it."""
+    known = [member.made.images if member.made else {} for member in listed.members]
+    if not all(images.keys() >= listed.sizes.keys() for images in known):
+        return None
+    return {stem: known[0][stem] for stem in listed.stems}
+
+
 def _files(member: Member, soft: bool) -> dict[str, Path]:
     """The files a vote reads of a member, by stem."""
     if not soft:
@@ -167,15 +241,15 @@ def _files(member: Member, soft: bool) -> dict[str, Path]:
     return files
 
 
-def _soft_vote(sources: Sequence[Path], votes: Sequence[int], size: tuple[int, int], out: Path, stem: str) -> None:
+def _soft_vote(sources: Sequence[Read], votes: Sequence[int], size: tuple[int, int], out: Path, stem: str) -> None:
     """Write the mask and the mean probability of one image, in exact integer arithmetic."""
     summed = np.zeros(size, np.int64)
     for source, count in zip(sources, votes, strict=True):
-        values = read_grey(source)
+        values = source.again()
         if values.dtype != np.uint16 or values.shape != size:
             raise InputDataError(
-                f"{source}: {values.dtype}, {values.shape[1]} x {values.shape[0]} pixels (width x height), but 16-bit "
-                f"probabilities of {size[1]} x {size[0]} are needed: run `stas infer --probabilities`"
+                f"{source.path}: {values.dtype}, {values.shape[1]} x {values.shape[0]} pixels (width x height), but "
+                f"16-bit probabilities of {size[1]} x {size[0]} are needed: run `stas infer --probabilities`"
             )
         summed += values.astype(np.int64) * count
     total = sum(votes)

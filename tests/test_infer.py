@@ -8,11 +8,14 @@ import pytest
 from PIL import Image
 
 from stas import infer as infer_module
+from stas.cli import main
 from stas.config import Recipe
-from stas.data.images import read_image
-from stas.errors import InputDataError, UsageError
+from stas.data.images import read_image, write_mask
+from stas.errors import InputDataError, StoppedEarly, UsageError
 from stas.evaluate import evaluate
 from stas.infer import infer
+from stas.models.checkpoint import load_checkpoint
+from stas.models.checksum import written_checksum
 from stas.paths import Workspace
 from stas.train import train
 from stas.training.metrics_log import read_metrics
@@ -127,6 +130,84 @@ def test_a_damaged_mask_of_a_cut_off_run_is_made_again(store_workspace, trained,
     out = infer(trained, sample / "Train_Images", store_workspace, name="power")
     assert (out / first.name).read_bytes() == expected
     assert len(masks(out)) == 10
+
+
+@pytest.mark.parametrize("end", [12, 20], ids=["its last chunk", "its checksum too"])
+def test_a_mask_that_lacks_its_end_is_made_again(store_workspace, trained, sample, monkeypatch, end):
+    """Other readers accept it, and it would be published."""
+    partial = cut_off(trained, sample / "Train_Images", store_workspace, "end", monkeypatch)
+    first = sorted(partial.glob("*.png"))[0]
+    expected = first.read_bytes()
+    first.write_bytes(expected[:-end])
+    Image.open(first).load()
+    out = infer(trained, sample / "Train_Images", store_workspace, name="end")
+    assert (out / first.name).read_bytes() == expected
+
+
+def test_a_mask_of_another_size_in_a_cut_off_run_is_made_again(store_workspace, trained, sample, monkeypatch):
+    partial = cut_off(trained, sample / "Train_Images", store_workspace, "size", monkeypatch)
+    first = sorted(partial.glob("*.png"))[0]
+    expected = first.read_bytes()
+    write_mask(first, np.ones((3, 5), bool))
+    out = infer(trained, sample / "Train_Images", store_workspace, name="size")
+    assert (out / first.name).read_bytes() == expected
+
+
+def test_an_image_that_changes_before_it_is_read_stops_the_run(store_workspace, trained, sample, tmp_path, monkeypatch):
+    """The manifest holds the image's hash, and its mask must be of that image."""
+    images = tmp_path / "images"
+    shutil.copytree(sample / "Train_Images", images)
+    one, other = sorted(images.iterdir())[:2]
+
+    def replaced(*arguments):
+        one.write_bytes(other.read_bytes())
+        return build(*arguments)
+
+    build = infer_module._network  # built after the images were hashed, and before they are read
+    monkeypatch.setattr(infer_module, "_network", replaced)
+    with pytest.raises(StoppedEarly, match=f"{one.name} was changed while it was read: run the same command again"):
+        infer(trained, images, store_workspace, name="moving")
+    assert not store_workspace.predictions("moving").exists()
+
+
+def test_a_corrected_mask_is_never_replaced(store_workspace, trained, sample):
+    out = infer(trained, sample / "Train_Images", store_workspace, name="corrected")
+    path = sorted(out.glob("*.png"))[0]
+    content = path.read_bytes()
+    path.write_bytes(content[:-13] + bytes([content[-13] ^ 1]) + content[-12:])  # of the same size
+    corrected = path.read_bytes()
+    with pytest.raises(UsageError, match=rf"1 of its masks were changed since they were made \({path.name}\)"):
+        infer(trained, sample / "Train_Images", store_workspace, name="corrected", threshold=0.4)
+    assert path.read_bytes() == corrected
+
+
+def test_masks_of_other_images_of_the_same_names_are_not_replaced(store_workspace, trained, sample, tmp_path):
+    out = infer(trained, sample / "Train_Images", store_workspace, name="names")
+    images = tmp_path / "images"
+    shutil.copytree(sample / "Train_Images", images)
+    one, other = sorted(images.iterdir())[:2]
+    one.write_bytes(other.read_bytes())
+    before = {path.name: path.read_bytes() for path in out.glob("*.png")}
+    with pytest.raises(UsageError, match=f"masks of 1 other images of the same names \\({one.stem}\\)"):
+        infer(trained, images, store_workspace, name="names")
+    assert {path.name: path.read_bytes() for path in out.glob("*.png")} == before
+
+
+@pytest.mark.parametrize("threshold", ["nan", "inf", "-inf", "-1", "0", "1", "5", "1e-60", "0.99999999999"])
+def test_a_threshold_that_makes_all_masks_alike_is_refused(store_workspace, trained, sample, threshold, capsys):
+    command = ["infer", "--run", trained, "--images", str(sample / "Train_Images"), f"--threshold={threshold}"]
+    assert main([*command, "--workspace", str(store_workspace.root), "--name", "t"]) == 2
+    assert "give a probability above 0 and below 1" in capsys.readouterr().err
+    assert not store_workspace.predictions("t").exists()
+
+
+@pytest.mark.parametrize("which", ["best", "last"])
+def test_the_manifest_names_the_checkpoint_that_a_vote_compares(store_workspace, trained, sample, which):
+    out = infer(trained, sample / "Train_Images", store_workspace, name="named", checkpoint=which)
+    key = json.loads((out / "manifest.json").read_text())["key"]
+    path = store_workspace.run(trained).checkpoint(which)
+    assert (key["run"], key["which"]) == (trained, which)
+    assert key["checksum"] == written_checksum(path) == load_checkpoint(path).checksum
 
 
 def test_masks_of_another_run_are_not_replaced(store_workspace, trained, sample, tiny):

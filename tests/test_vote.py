@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from stas.cli import main
 from stas.data.images import write_mask, write_probability
 from stas.errors import InputDataError, UsageError
 from stas.system.files import read_json
@@ -162,6 +163,49 @@ def test_graded_masks_follow_the_threshold_and_are_logged_once_per_member(tmp_pa
         assert read(vote(trio, tmp_path / "vote") / "a.png") == [[255, 255]]
     assert [record.args[:3] for record in caplog.records if "above 0" in record.message] == [("member2", 2, 2)]
     assert read(vote(trio, tmp_path / "vote", threshold=100) / "a.png") == [[255, 0]]
+
+
+@pytest.mark.parametrize("threshold", ["nan", "inf", "-1", "-0.001", "65535", "1e9"])
+def test_a_threshold_that_no_mask_can_have_is_refused(tmp_path, threshold, capsys):
+    sets = [str(path) for path in members(tmp_path, [[1], [1], [1]])]
+    assert main(["vote", "--members", *sets, "--out", str(tmp_path / "vote"), f"--threshold={threshold}"]) == 2
+    assert "give a number from 0 to 65534" in capsys.readouterr().err
+    assert not (tmp_path / "vote").exists()
+
+
+@pytest.mark.parametrize("weights", [["nan", "1", "1"], ["-1", "1", "1"], ["1.5", "1", "1"], ["inf", "1", "1"]])
+def test_weights_that_are_no_votes_are_refused(tmp_path, weights):
+    sets = [str(path) for path in members(tmp_path, [[1], [1], [1]])]
+    command = ["vote", "--members", *sets, "--out", str(tmp_path / "vote"), "--weights", *weights]
+    try:
+        code = main(command)
+    except SystemExit as error:  # the parser's
+        code = error.code
+    assert code == 2
+    assert not (tmp_path / "vote").exists()
+
+
+def test_a_threshold_in_other_units_than_the_masks_is_refused_or_told(tmp_path, caplog):
+    trio = members(tmp_path, [[1, 1], [1, 1], [1, 1]])
+    with pytest.raises(InputDataError, match=r"a\.png: its values go up to 255, so none is above --threshold 300"):
+        vote(trio, tmp_path / "vote", threshold=300)
+    for directory in trio:
+        Image.fromarray(np.array([[90, 200]], np.uint8)).save(directory / "a.png")
+    with pytest.raises(InputDataError, match=r"--threshold 0\.5 would take every one above 0.*half of 255 is 127"):
+        vote(trio, tmp_path / "vote", threshold=0.5)
+    Image.fromarray(np.array([[1, 0]], np.uint8)).save(trio[0] / "a.png")
+    assert read(vote(trio, tmp_path / "vote", threshold=127) / "a.png") == [[0, 255]]
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(told) == 1 and told[0].startswith("member0: no value is above --threshold, so all 1 masks")
+
+
+def test_photographs_are_no_members(tmp_path):
+    trio = members(tmp_path, [[1, 1], [1, 1], [1, 1]])
+    Image.fromarray(np.array([[[200, 90, 180], [240, 230, 250]]], np.uint8)).save(trio[1] / "a.png")
+    with pytest.raises(InputDataError, match=r"member1/a\.png: a picture in colour, not a mask"):
+        vote(trio, tmp_path / "vote")
+    Image.fromarray(np.array([[[200, 90, 180], [0, 0, 0]]], np.uint8)).save(trio[1] / "a.png")  # one colour: a mask
+    vote(trio, tmp_path / "vote")
 
 
 def test_a_second_identical_vote_does_nothing_and_a_changed_member_votes_again(tmp_path, caplog):

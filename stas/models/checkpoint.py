@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stas.errors import InputDataError, UsageError
+from stas.models.checksum import CHECKSUM_BYTES, MAX_BYTES
 from stas.paths import RunPaths
 from stas.system import files
 from stas.system.files import atomic_write
@@ -30,8 +31,7 @@ from stas.system.untrusted import check_file, parse_json
 
 log = logging.getLogger(__name__)
 FORMAT = 4
-CHECKSUM, CHECKSUM_BYTES = "checksum", hashlib.sha256().digest_size
-MAX_BYTES = 32 << 30  # a few minutes of hashing; the recipes' largest networks take 2 GiB with their optimiser
+CHECKSUM = "checksum"
 BLOCK = 1 << 20
 NETWORK, OPTIMIZER = "network.", "optimizer."  # prefixes of the tensors' names
 _FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -47,6 +47,7 @@ class Checkpoint:
     network: dict[str, Tensor]
     optimizer: dict[str, Tensor | float]  # by "<parameter index>.<key>"; empty in the best checkpoint
     sha256: str  # of the file
+    checksum: str  # the SHA-256 at its end, of everything before (see `written_checksum`)
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
                 metadata, scalars = dict(header["metadata"]), dict(header["optimizer"])
                 sha256 = _checked_sum(file)
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+                checksum = bytes(tensors[CHECKSUM].tolist()).hex()
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                     break  # otherwise training has replaced it meanwhile
     except InputDataError:
@@ -214,7 +216,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"{path}: not a readable checkpoint of stas ({error}): use another, or train again"
         ) from error
     optimizer = {**_with_prefix(tensors, OPTIMIZER), **scalars}
-    return Checkpoint(metadata, _with_prefix(tensors, NETWORK), optimizer, sha256)
+    return Checkpoint(metadata, _with_prefix(tensors, NETWORK), optimizer, sha256, checksum)
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """Prediction sets on disk: one mask per image, and checks that several sets belong together.
 
 A set made by `stas` has 0/255 masks and a manifest with
-    "label": the label of the foreground, "images": {stem: {"height": int, "width": int}}
-in addition to the keys of every manifest (see stas/system/publish.py). Sets from elsewhere need neither: any directory
-of mask PNGs is one.
+    "label": the label of the foreground, "images": {stem: {"height": int, "width": int}}, "sha256": {file: its hash}
+in addition to the keys of every manifest (see stas/system/publish.py). Sets from elsewhere need no manifest: any
+directory of mask PNGs is one.
 """
 
 import hashlib
@@ -13,15 +13,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from stas import paths
-from stas.data.images import MAX_IMAGE_BYTES, grey_size, is_graded, list_images, read_grey
-from stas.errors import InputDataError, UsageError
+from stas.data.images import (
+    MAX_IMAGE_BYTES,
+    MAX_PIXELS,
+    MAX_SIDE,
+    grey_size,
+    is_graded,
+    list_images,
+    read_grey,
+)
+from stas.data.png import decode_grey
+from stas.errors import InputDataError, StoppedEarly, UsageError
+from stas.results.provenance import Made, check_own_files, check_same_images, file_hashes, read_made
 from stas.system.files import sha256
-from stas.system.publish import SHOWN, Output, named, read_manifest, write_manifest
+from stas.system.publish import SHOWN, Output, named, write_manifest
 from stas.system.threads import in_threads
+from stas.system.untrusted import read_bounded
 
 log = logging.getLogger(__name__)
+
+Grey = NDArray[np.uint8] | NDArray[np.uint16]
 
 
 @dataclass(frozen=True)
@@ -32,13 +46,18 @@ class Member:
         name: its directory's name, with enough parents to be unique among the members.
         directory: where it is.
         images: its mask files by stem, sorted.
-        label: the label that its masks outline, if its manifest names one.
+        made: what its manifest says; None if it has no manifest.
     """
 
     name: str
     directory: Path
     images: dict[str, Path]
-    label: str | None
+    made: Made | None
+
+    @property
+    def label(self) -> str | None:
+        """The label that its masks outline, if its manifest names one."""
+        return self.made and self.made.label
 
 
 @dataclass(frozen=True)
@@ -75,9 +94,16 @@ def write_set_manifest(
         label: the label of the foreground; None if its members' manifests name none.
         sizes: (height, width) of each mask in pixels, by stem.
         probabilities: whether it has probabilities beside the masks.
+
+    Raises:
+        UsageError: the set that this one replaces has masks that were changed since.
     """
+    check_own_files(output.directory, output.kind)
+    files = [paths.mask_file(partial, stem) for stem in sizes]
+    files += [paths.probability_file(partial, stem) for stem in sizes if probabilities]
+    hashes = file_hashes(partial, [str(path.relative_to(partial)) for path in files])
     images = {stem: {"height": height, "width": width} for stem, (height, width) in sizes.items()}
-    write_manifest(partial, output, label=label, images=images, probabilities=probabilities)
+    write_manifest(partial, output, label=label, images=images, probabilities=probabilities, sha256=hashes)
 
 
 def list_members(directories: Sequence[Path]) -> Members:
@@ -85,8 +111,8 @@ def list_members(directories: Sequence[Path]) -> Members:
 
     Raises:
         UsageError: one directory given twice.
-        InputDataError: a directory is missing or has no PNG, or labels, stems or sizes differ; names the members and
-            cases.
+        InputDataError: a directory is missing or has no PNG, or has a manifest that is not a prediction set's; or
+            labels, stems, sizes or the images that the masks are of differ; names the members and cases.
     """
     names = _unique_names(directories)
     missing = [
@@ -98,13 +124,14 @@ def list_members(directories: Sequence[Path]) -> Members:
             "Predict them, or leave them out"
         )
     members = [
-        Member(name, directory, list_images(directory, (".png",)), _label(directory))
+        Member(name, directory, list_images(directory, (".png",)), read_made(directory))
         for name, directory in zip(names, directories, strict=True)
     ]
     first, *others = members
     problems = [problem for other in others if (problem := _stem_difference(first, other))]
     if problems:
         raise InputDataError("the members have different cases:\n  " + "\n  ".join(problems))
+    check_same_images(members)
     return Members(members, _common_sizes(members), _common_label(members))
 
 
@@ -120,9 +147,37 @@ def log_graded(name: str, graded: int, total: int) -> None:
         )
 
 
-def digest(files: Iterable[Path]) -> str:
-    """One SHA-256 of many files: of the lines '<name> <sha256 of the file>' in the given order."""
-    lines = "".join(f"{path.name} {sha256(path, MAX_IMAGE_BYTES)}\n" for path in files)
+def read_once(path: Path) -> tuple[Grey, str]:
+    """The values of a mask or probability file (see `read_grey`), and the SHA-256 of the very bytes they are from.
+
+    Raises:
+        InputDataError: see `read_grey`.
+        StoppedEarly: the file changed while it was read.
+    """
+    content = read_bounded(path, MAX_IMAGE_BYTES)
+    values = decode_grey(content, MAX_PIXELS, MAX_SIDE)
+    if values is None:
+        values = read_grey(path)
+        if read_bounded(path, MAX_IMAGE_BYTES) != content:
+            raise changed(path)
+    return values, hashlib.sha256(content).hexdigest()
+
+
+def changed(path: Path) -> StoppedEarly:
+    """The error for a file that is not the one that was hashed before."""
+    return StoppedEarly(f"{path} was changed while it was read: run the same command again")
+
+
+def digest(files: Iterable[Path], hashes: Iterable[str] | None = None) -> str:
+    """One SHA-256 of many files: of the lines '<name> <hash>' in the given order.
+
+    Args:
+        files: the files.
+        hashes: of each; by default the SHA-256 of its content.
+    """
+    files = list(files)
+    values = [sha256(path, MAX_IMAGE_BYTES) for path in files] if hashes is None else hashes
+    lines = "".join(f"{path.name} {value}\n" for path, value in zip(files, values, strict=True))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
@@ -134,13 +189,25 @@ def pixel_digest(masks: Sequence[Path], workers: int | None = None) -> str:
     Raises:
         InputDataError: a mask cannot be read.
     """
-    hashes = in_threads(_pixel_sha256, masks, "hashing", workers)
-    lines = "".join(f"{path.name} {value}\n" for path, value in zip(masks, hashes, strict=True))
-    return hashlib.sha256(lines.encode()).hexdigest()
+    return digest(masks, [pixels for pixels, _ in pixel_hashes(masks, workers)])
 
 
-def _pixel_sha256(path: Path) -> str:
-    values = read_grey(path)
+def pixel_hashes(masks: Sequence[Path], workers: int | None = None) -> list[tuple[str, str]]:
+    """The SHA-256 of each mask's size and pixels, and of its file.
+
+    Raises:
+        InputDataError: a mask cannot be read.
+        StoppedEarly: a mask changed while it was read.
+    """
+
+    def hashes(path: Path) -> tuple[str, str]:
+        values, content = read_once(path)
+        return _pixel_sha256(values), content
+
+    return in_threads(hashes, masks, "hashing", workers)
+
+
+def _pixel_sha256(values: Grey) -> str:
     top = None if is_graded(values) else values.max(initial=0)
     hashed = hashlib.sha256(f"{values.shape} {values.dtype} {top}\n".encode())
     # Two values fit eight pixels in a byte: otherwise hashing takes most of the time.
@@ -148,8 +215,16 @@ def _pixel_sha256(path: Path) -> str:
     return hashed.hexdigest()
 
 
+def resolve(path: Path) -> Path:
+    """The path with its links followed; itself if they form a loop."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):
+        return path.absolute()
+
+
 def _unique_names(directories: Sequence[Path]) -> list[str]:
-    resolved = [directory.resolve() for directory in directories]
+    resolved = [resolve(directory) for directory in directories]
     for directory in resolved:
         if resolved.count(directory) > 1:
             raise UsageError(f"{directory}: given more than once; each member counts once")
@@ -159,17 +234,6 @@ def _unique_names(directories: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [str(directory) for directory in resolved]
-
-
-def _label(directory: Path) -> str | None:
-    """The label in a set's manifest; None for a set from elsewhere."""
-    if not paths.manifest_file(directory).is_file():
-        return None
-    try:
-        label = read_manifest(directory, "prediction set", "vote").get("label")
-    except InputDataError:
-        return None
-    return label if isinstance(label, str) else None
 
 
 def _common_label(members: Sequence[Member]) -> str | None:
