@@ -119,7 +119,7 @@ def _predict_share(
     with_probability = options["probabilities"]
     share = list(files)[ranks.rank :: ranks.size]
     todo = [stem for stem in share if not _is_done(partial, stem, with_probability)]
-    network = _network(loaded, recipe, ranks.device)
+    network = _network(loaded, recipe, ranks.device, options["tta"])
     settings = Settings.of(recipe, options["tta"])
 
     def read(stem: str) -> tuple[str, Picture]:
@@ -137,9 +137,9 @@ def _predict_share(
             future.result()
 
 
-def _network(loaded: Checkpoint, recipe: Recipe, device: torch.device) -> nn.Module:
+def _network(loaded: Checkpoint, recipe: Recipe, device: torch.device, tta: bool) -> nn.Module:
     """The network of a checkpoint, ready to predict."""
-    network = build_network(recipe.model, recipe.data.size, pretrained=False)
+    network = build_network(recipe.model, recipe.data.size, pretrained=False, turned=tta)
     with fitting(recipe.name):
         network.load_state_dict(loaded.network)
     return place(network, device, recipe.train.channels_last).eval()

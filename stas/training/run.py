@@ -18,6 +18,7 @@ from stas.data.store import Store, open_store
 from stas.errors import StoppedEarly, UsageError
 from stas.models.checkpoint import fitting, load_newest, restore_optimizer
 from stas.models.network import Compiled, build_network, place
+from stas.models.trial import check_batch
 from stas.paths import RunPaths, Workspace
 from stas.recipe import dump_recipe, parse_recipe
 from stas.system import distributed
@@ -138,7 +139,8 @@ def set_up(
     with fitting(paths.root):
         check_same_split(paths, saved and saved.metadata, store, validation)
     torch.manual_seed(recipe.train.seed)
-    network = build_network(recipe.model, recipe.data.size, pretrained=saved is None)
+    network = build_network(recipe.model, recipe.data.size, pretrained=saved is None, turned=recipe.infer.tta)
+    check_batch(network, recipe.model, recipe.data.size, ranks.share(recipe.train.batch))
     if saved:
         with fitting(paths.root):
             network.load_state_dict(saved.network)
