@@ -50,6 +50,7 @@ def infer(
     threshold: float | None = None,
     probabilities: bool = False,
     held_out: bool = False,
+    device: str = "auto",
 ) -> Path:
     """Predict a mask for every image in a directory, with the images split among the ranks.
 
@@ -65,12 +66,14 @@ def infer(
         threshold: a pixel is foreground when its probability is above this; None: as the recipe says.
         probabilities: also write probabilities as 16-bit PNG.
         held_out: only the images that the run held out for validation.
+        device: cuda, cpu or auto; see `join_ranks`.
 
     Returns:
         The directory of the masks.
 
     Raises:
         InputDataError: an image or the checkpoint cannot be read.
+        MachineError: `device` is cuda, and there is no GPU.
         UsageError: the prediction set exists for another run or other images, or its directory is not ours.
     """
     out = workspace.predictions(name or run)
@@ -86,7 +89,7 @@ def infer(
         "threshold": recipe.infer.threshold if threshold is None else threshold,
         "probabilities": probabilities,
     }
-    with distributed.join_ranks() as ranks:
+    with distributed.join_ranks(device) as ranks:
         key = distributed.broadcast(_key(run, loaded, options, files) if ranks.first else {})
         if key["checkpoint"] != loaded.sha256:
             raise StoppedEarly(f"{path} was replaced while the ranks read it; run the same command again to resume")

@@ -72,6 +72,7 @@ def train(
     name: str | None = None,
     time_limit: float | None = None,
     checkpoint_every: float = 600,
+    device: str = "auto",
 ) -> None:
     """Train `recipe` to its last epoch, resuming from the run's newest checkpoint if there is one.
 
@@ -81,8 +82,10 @@ def train(
         name: the run's name; None means the recipe's name.
         time_limit: seconds the run may take over all its parts; it ends cleanly when they are used up.
         checkpoint_every: seconds between checkpoints within an epoch; every epoch also ends with one.
+        device: cuda, cpu or auto; see `join_ranks`.
 
     Raises:
+        MachineError: `device` is cuda, and there is no GPU.
         StoppedEarly: SIGTERM or SIGUSR1 arrived; a checkpoint is written, and the same command resumes. Or another
             process is training this run, and still was after some minutes of waiting.
         TrainingError: the loss is not finite, or the GPU runs out of memory.
@@ -92,7 +95,7 @@ def train(
     """
     paths = workspace.run(name or recipe.name)
     with (
-        distributed.join_ranks() as ranks,
+        distributed.join_ranks(device) as ranks,
         distributed.entered_by_first(ranks, lock(lock_file(paths.root), PATIENCE)) as held,
         _stop_signal() as stop,
         ExitStack() as files,
