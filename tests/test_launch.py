@@ -183,5 +183,5 @@ def test_a_launcher_without_gpus_says_that_it_wants_the_cpu(monkeypatch: pytest.
     monkeypatch.setattr("stas.launch._gpus", lambda: 2)
     monkeypatch.setattr("stas.launch.signal.signal", lambda *_: None)
     for gpus in (0, None):
-        launch(["train", "--recipe", "r"], lambda stage: ran.append(list(stage)) or 0, len, processes=1, gpus=gpus)
+        launch(["train", "--recipe", "r"], lambda stage: ran.append(list(stage)) or 0, print, processes=1, gpus=gpus)
     assert ran == [["train", "--device", "cpu", "--recipe", "r"], ["train", "--recipe", "r"]]
