@@ -19,6 +19,8 @@ trap 'interrupted=yes' TERM
 # stage NAME ARGUMENTS...: run `stas launch NAME ARGUMENTS...` once on every node of the job.
 stage() {
     local options=(--processes "${SLURM_GPUS_ON_NODE:-1}") status=0
+    # Every GPU that Slurm granted has to be there. Otherwise train and infer would spend the walltime on a CPU.
+    [[ -z ${SLURM_GPUS_ON_NODE:-} ]] || options+=(--gpus "${GPUS:-$SLURM_GPUS_ON_NODE}")
     if ((SLURM_JOB_NUM_NODES > 1)); then
         # This shell runs on the job's first node. A restarted job must not join leftovers of its previous run.
         options+=(--nodes "$SLURM_JOB_NUM_NODES" --rendezvous "$(hostname):$((20000 + SLURM_JOB_ID % 20000))"

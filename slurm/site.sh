@@ -14,6 +14,10 @@
 : "${NODES:=1}"         # nodes per member
 : "${MAX_RESTARTS:=20}" # a job that reaches its walltime more often than this is not requeued
 
+# GPUS=0 runs train and infer on CPUs, with as many processes as the job has GPUs. Otherwise a job that sees fewer GPUs
+# than Slurm granted fails.
+: "${GPUS:=}"
+
 # Account and partition; sbatch reads them from the environment. Remove the # if your site needs them.
 # export SBATCH_ACCOUNT=GOV000000 SBATCH_PARTITION=gp4d
 

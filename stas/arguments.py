@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Literal
 
 EPILOG = (
     "Exit codes: 0 done, 1 failed, 2 wrong option or recipe, 3 bad input data, "
@@ -23,6 +24,15 @@ def seconds(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a time: write 90m, 7.5h, 3600 (seconds) or 8:00:00")
     return value
+
+
+def gpus(text: str) -> int | Literal["all"]:
+    """Read a number of GPUs, or `all`."""
+    if text == "all":
+        return "all"
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of GPUs: write 4, 0 for the CPU, or all")
+    return int(text)
 
 
 class _Version(argparse.Action):
@@ -115,6 +125,7 @@ def _add_train(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         metavar="TIME",
         help="time between checkpoints within an epoch (default: %(default)s)",
     )
+    _add_device(command)
 
 
 def _add_infer(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -143,6 +154,7 @@ def _add_infer(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     )
     command.add_argument("--probabilities", action="store_true", help="also write 16-bit probabilities")
     _add_held_out(command)
+    _add_device(command)
 
 
 def _add_vote(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -199,6 +211,13 @@ def _add_launch(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "--processes", type=int, help="processes of train and infer on this node (default: one per GPU)"
     )
     command.add_argument(
+        "--gpus",
+        type=gpus,
+        metavar="N",
+        help="GPUs of this node that train and infer must find, one per process; 'all': as many as there are, at least "
+        "one; 0: run on the CPU (default: GPUs if there are any)",
+    )
+    command.add_argument(
         "--nodes", type=int, default=1, help="number of nodes, each running this command (default: %(default)s)"
     )
     command.add_argument("--rendezvous", metavar="HOST:PORT", help="address of the node where several nodes meet")
@@ -239,6 +258,15 @@ def _add_member(command: argparse.ArgumentParser) -> None:
 
 def _add_held_out(command: argparse.ArgumentParser) -> None:
     command.add_argument("--held-out", action="store_true", help="only the images the runs held out for validation")
+
+
+def _add_device(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--device",
+        choices=("auto", "cuda", "cpu"),
+        default="auto",
+        help="cuda: fail without a GPU; auto: use the CPU then (default: %(default)s)",
+    )
 
 
 def _add_workspace(command: argparse.ArgumentParser) -> None:

@@ -16,6 +16,7 @@ from stas.errors import (
     EXIT_RESUMABLE,
     EXIT_USAGE,
     InputDataError,
+    MachineError,
     StoppedEarly,
     TrainingError,
     UsageError,
@@ -61,7 +62,7 @@ def _run(command: Command, options: argparse.Namespace) -> int:
         return _fail(error, EXIT_USAGE)
     except InputDataError as error:
         return _fail(error, EXIT_BAD_INPUT)
-    except TrainingError as error:
+    except (TrainingError, MachineError) as error:
         return _fail(error, EXIT_FAILED)
     except StoppedEarly as error:
         return _fail(error, EXIT_RESUMABLE)
@@ -86,6 +87,7 @@ def _launch(options: argparse.Namespace) -> int:
         run=main,
         check=check,
         processes=options.processes,
+        gpus=options.gpus,
         nodes=options.nodes,
         rendezvous=options.rendezvous,
         job=options.job,
@@ -130,7 +132,7 @@ def _train(options: argparse.Namespace) -> None:
         recipe, run = member.recipe, options.run or member.run
     else:
         recipe, run = load_recipe(options.recipe, options.set), options.run
-    train(recipe, _workspace(options), run, options.time_limit, options.checkpoint_every)
+    train(recipe, _workspace(options), run, options.time_limit, options.checkpoint_every, options.device)
 
 
 def _infer(options: argparse.Namespace) -> None:
@@ -148,6 +150,7 @@ def _infer(options: argparse.Namespace) -> None:
         threshold=options.threshold,
         probabilities=options.probabilities,
         held_out=options.held_out,
+        device=options.device,
     )
 
 

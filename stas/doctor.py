@@ -88,6 +88,7 @@ def doctor(workspace: Path | None, recipe: Recipe | None) -> bool:
         ("Devices", lambda: devices(recipe and recipe.train)),
         ("Workspace", lambda: workspace_findings(workspace, recipe and recipe.data)),
         ("Pretrained weights", lambda: weights(recipe)),
+        ("Network", lambda: network(recipe)),
     ]
     counts = {"ok": 0, "warn": 0, "FAIL": 0}
     for title, look in parts:
@@ -349,17 +350,40 @@ def free_space(free_gib: float, size: tuple[int, int]) -> Finding:
 
 
 def weights(recipe: Recipe | None) -> Iterator[Finding]:
-    """Check that the recipe's pretrained weights are available."""
+    """Check that the recipe's pretrained weights are available and, if they are on this machine, fill the encoder."""
     if recipe is None:
         yield Finding("ok", "weights", "not checked: give a recipe with --recipe")
         return
-    from stas.models.weights import find_weights
+    from stas.models.network import build_network
+    from stas.models.weights import are_here, find_weights
 
     try:
-        yield Finding("ok", "weights", find_weights(recipe.model))
+        source = find_weights(recipe.model)
+        if recipe.model.weights and are_here(recipe.model):
+            build_network(recipe.model, recipe.data.size, pretrained=True)  # loads them, and checks that all fit
+        yield Finding("ok", "weights", source)
     except UsageError as error:
-        problem, _, remedy = str(error).partition("\n")
-        yield Finding("FAIL", "weights", problem, remedy or f"change the model section of recipe {recipe.name}")
+        yield _refused("weights", error, recipe)
+
+
+def network(recipe: Recipe | None) -> Iterator[Finding]:
+    """Check that the recipe's network can be built and takes its images."""
+    if recipe is None:
+        yield Finding("ok", "network", "not checked: give a recipe with --recipe")
+        return
+    from stas.models.network import build_network
+
+    model, (height, width) = recipe.model, recipe.data.size
+    try:
+        build_network(model, (height, width), pretrained=False, turned=recipe.infer.tta)
+        yield Finding("ok", "network", f"{model.architecture}, {width} x {height} pixels (width x height)")
+    except UsageError as error:
+        yield _refused("network", error, recipe)
+
+
+def _refused(what: str, error: UsageError, recipe: Recipe) -> Finding:
+    problem, _, remedy = str(error).partition("\n")
+    return Finding("FAIL", what, problem, remedy or f"change the model section of recipe {recipe.name}")
 
 
 def _guarded(title: str, look: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:

@@ -21,3 +21,7 @@ class StoppedEarly(Exception):
 
 class TrainingError(RuntimeError):
     """Training cannot continue: numbers are not finite, or memory ran out. Exit code 1. The last checkpoint is kept."""
+
+
+class MachineError(RuntimeError):
+    """The machine lacks what the job asked for, such as a GPU. Exit code 1: another one may have it."""

@@ -58,6 +58,7 @@ def infer(
     threshold: float | None = None,
     probabilities: bool = False,
     held_out: bool = False,
+    device: str = "auto",
 ) -> Path:
     """Predict a mask for every image in a directory, with the images split among the ranks.
 
@@ -73,12 +74,14 @@ def infer(
         threshold: a pixel is foreground when its probability is above this; None: as the recipe says.
         probabilities: also write probabilities as 16-bit PNG.
         held_out: only the images that the run held out for validation.
+        device: cuda, cpu or auto; see `join_ranks`.
 
     Returns:
         The directory of the masks.
 
     Raises:
         InputDataError: an image or the checkpoint cannot be read.
+        MachineError: `device` is cuda, and there is no GPU.
         UsageError: the prediction set exists for another run or other images, one of its masks was changed since, or
             its directory is not ours; or a threshold that would make all masks empty or full.
         StoppedEarly: an image or the checkpoint changed while it was read.
@@ -98,7 +101,7 @@ def infer(
         "threshold": recipe.infer.threshold if threshold is None else threshold,
         "probabilities": probabilities,
     }
-    with distributed.join_ranks() as ranks:
+    with distributed.join_ranks(device) as ranks:
         key = distributed.broadcast(_key(run, checkpoint, loaded, options, files) if ranks.first else {})
         if key["checkpoint"] != loaded.sha256:
             raise StoppedEarly(f"{path} was replaced while the ranks read it; run the same command again to resume")
@@ -143,7 +146,7 @@ def _predict_share(
     with_probability = key["probabilities"]
     share = list(files)[ranks.rank :: ranks.size]
     todo = [stem for stem in share if not _is_done(partial, stem, files[stem], with_probability)]
-    network = _network(loaded, recipe, ranks.device)
+    network = _network(loaded, recipe, ranks.device, key["tta"])
     settings = Settings.of(recipe, key["tta"])
 
     def read(stem: str) -> tuple[str, Picture]:
@@ -161,9 +164,9 @@ def _predict_share(
             future.result()
 
 
-def _network(loaded: Checkpoint, recipe: Recipe, device: torch.device) -> nn.Module:
+def _network(loaded: Checkpoint, recipe: Recipe, device: torch.device, tta: bool) -> nn.Module:
     """The network of a checkpoint, ready to predict."""
-    network = build_network(recipe.model, recipe.data.size, pretrained=False)
+    network = build_network(recipe.model, recipe.data.size, pretrained=False, turned=tta)
     with fitting(recipe.name):
         network.load_state_dict(loaded.network)
     return place(network, device, recipe.train.channels_last).eval()

@@ -13,8 +13,18 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
 from types import FrameType
+from typing import Literal
 
-from stas.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, EXIT_RESUMABLE, EXIT_USAGE, StoppedEarly, UsageError
+from stas.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_FAILED,
+    EXIT_OK,
+    EXIT_RESUMABLE,
+    EXIT_USAGE,
+    MachineError,
+    StoppedEarly,
+    UsageError,
+)
 from stas.paths import STATUS_DIRECTORY
 from stas.system.resources import cores
 
@@ -38,6 +48,7 @@ def launch(
     rendezvous: str | None = None,
     job: str | None = None,
     node: int | None = None,
+    gpus: int | Literal["all"] | None = None,
 ) -> int:
     """Run one stage; `train` and `infer` run as one process per GPU on every node.
 
@@ -51,11 +62,14 @@ def launch(
         job: a name that distinguishes this job from others at the same rendezvous; required for several nodes.
         node: this node's number, from 0, if the launcher knows it; node 0 is the one in `rendezvous`. If None,
             torchrun compares host names and addresses, which a cluster's DNS may not know yet.
+        gpus: GPUs of this node that `train` and `infer` must find, one per rank; "all" means as many as there are, at
+            least one; 0 means the CPU; None means GPUs if there are any.
 
     Returns:
         The stage's exit code; for several ranks, their `worst_exit_code`.
 
     Raises:
+        MachineError: fewer GPUs than `gpus`.
         StoppedEarly: SIGTERM or SIGUSR1 arrived before the stage could handle it.
         UsageError: several nodes without `rendezvous` and `job`.
     """
@@ -65,7 +79,9 @@ def launch(
     signal.signal(signal.SIGUSR1, _stop)
     if not stage or stage[0] not in RANKED:
         return run(stage)
-    count = processes or _gpus() or 1
+    count = _ranks(processes, gpus)
+    if gpus is not None:
+        stage = [stage[0], "--device", "cuda" if gpus else "cpu", *stage[1:]]
     if count * nodes == 1:
         return run(stage)
     check(stage)
@@ -75,6 +91,22 @@ def launch(
     if node is not None:
         place += ["--rdzv-conf", f"is_host={str(node == 0).lower()}"]
     return _torchrun(["--nnodes", str(nodes), "--nproc-per-node", str(count), *place], stage, count)
+
+
+def _ranks(processes: int | None, gpus: int | Literal["all"] | None) -> int:
+    """The number of ranks on this node, after checking that it has the GPUs that were asked for."""
+    if gpus == 0:
+        return processes or 1
+    found = _gpus()
+    if gpus is None:
+        return processes or found or 1
+    least = max(processes or 1, 1 if gpus == "all" else gpus)
+    if found < least:
+        raise MachineError(
+            f"--gpus {gpus}: this process sees {found} GPUs, and {least} are needed: run nvidia-smi and `stas doctor` "
+            "on this node, give them to the job or the container, or say --gpus 0 to run on the CPU"
+        )
+    return processes or (found if gpus == "all" else gpus)
 
 
 def worst_exit_code(codes: Sequence[int | None], stopped: bool) -> int:
@@ -162,7 +194,7 @@ def _ended(child: int) -> bool:
 def _gpus() -> int:
     import torch
 
-    return torch.cuda.device_count()
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

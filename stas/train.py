@@ -30,7 +30,7 @@ from stas.system.resources import GIB, usage
 from stas.system.threads import bar, prefetch
 from stas.training.curves import draw_curves
 from stas.training.loader import Batch, epoch_batches, steps_per_epoch
-from stas.training.metrics_log import MetricsLog, epoch_line, time_left
+from stas.training.metrics_log import MetricsLog, Record, epoch_line, read_metrics, time_left
 from stas.training.optim import rate_factor, set_learning_rate
 from stas.training.run import TrainingRun, TrainState, set_up
 from stas.training.transforms import prepare
@@ -72,6 +72,7 @@ def train(
     name: str | None = None,
     time_limit: float | None = None,
     checkpoint_every: float = 600,
+    device: str = "auto",
 ) -> None:
     """Train `recipe` to its last epoch, resuming from the run's newest checkpoint if there is one.
 
@@ -81,16 +82,20 @@ def train(
         name: the run's name; None means the recipe's name.
         time_limit: seconds the run may take over all its parts; it ends cleanly when they are used up.
         checkpoint_every: seconds between checkpoints within an epoch; every epoch also ends with one.
+        device: cuda, cpu or auto; see `join_ranks`.
 
     Raises:
+        MachineError: `device` is cuda, and there is no GPU.
         StoppedEarly: SIGTERM or SIGUSR1 arrived; a checkpoint is written, and the same command resumes. Or another
             process is training this run, and still was after some minutes of waiting.
         TrainingError: the loss is not finite, or the GPU runs out of memory.
-        UsageError: the run exists with another recipe; there is no store; the batch is smaller than the rank count.
+        InputDataError: a checkpoint that the run wrote is missing or damaged.
+        UsageError: the run exists with another recipe, store or split; there is no store; the batch is smaller than the
+            rank count.
     """
     paths = workspace.run(name or recipe.name)
     with (
-        distributed.join_ranks() as ranks,
+        distributed.join_ranks(device) as ranks,
         distributed.entered_by_first(ranks, lock(lock_file(paths.root), PATIENCE)) as held,
         _stop_signal() as stop,
         ExitStack() as files,
@@ -101,11 +106,13 @@ def train(
         epochs, limit = recipe.train.epochs, math.inf if time_limit is None else time_limit
         run, state = set_up(recipe, workspace, paths, ranks, limit)
         if state.ended(epochs, limit):
+            if ranks.first:
+                _complete_metrics(run, state)
             log.info("%s: %d of %d epochs finished; nothing to do", paths.root, state.epoch, epochs)
             return
         metrics = None
         if ranks.first:
-            metrics = files.enter_context(MetricsLog(paths.metrics, paths.tensorboard, state.epoch))
+            metrics = files.enter_context(MetricsLog(paths.metrics, paths.tensorboard, state.epoch, run.newest_record))
         clock = Clock(state.elapsed, limit, checkpoint_every)
         writer = files.enter_context(CheckpointWriter(paths, held))
         while not distributed.any_rank(state.ended(epochs, limit))[0]:
@@ -117,7 +124,7 @@ def train(
             val_loss, val_dice = scores
             _end_epoch(run, state, clock, val_loss)
             best = state.best_epoch == state.epoch
-            record = {
+            record: Record = {
                 "epoch": state.epoch,
                 "train_loss": train_loss,
                 "val_loss": val_loss,
@@ -128,16 +135,30 @@ def train(
                 "elapsed": state.elapsed,
                 "best": best,
             }
-            if metrics:  # log first: resuming truncates the log
-                metrics.append(record | usage())
+            record |= usage()
+            _save(run, state, clock, writer, best, record)  # first, so that metrics that fail do not cost the epoch
+            if metrics:
+                if not metrics.records:
+                    writer.wait()  # a run with metrics has a checkpoint: without one it is not started again
+                metrics.append(record)
                 if clock.picture_due() or state.ended(epochs, limit):
                     draw_curves(metrics.records, paths.curves, title=paths.root.name)
                 log.info("%s", epoch_line(record, epochs, time_left(metrics.records, epochs)))
-            _save(run, state, clock, writer, best)
         _finish_writing(writer)
         if state.epoch < epochs:
             log.warning("%s: time limit reached after %d of %d epochs", paths.root, state.epoch, epochs)
         log.info("%s: best epoch %d, validation loss %.4f", paths.root, state.best_epoch, state.best_loss)
+
+
+def _complete_metrics(run: TrainingRun, state: TrainState) -> None:
+    """Add the last epoch to a finished run's metrics, if a kill came between its checkpoint and its metrics."""
+    paths = run.paths
+    recorded = read_metrics(paths.metrics) if paths.metrics.exists() else []
+    if run.newest_record and run.newest_record not in recorded:
+        with MetricsLog(paths.metrics, paths.tensorboard, state.epoch, run.newest_record) as metrics:
+            recorded = metrics.records
+    if recorded and not paths.curves.exists():
+        draw_curves(recorded, paths.curves, title=paths.root.name)
 
 
 def _train_epoch(
@@ -259,10 +280,17 @@ def _end_epoch(run: TrainingRun, state: TrainState, clock: Clock, val_loss: floa
         state.best_loss, state.best_epoch = val_loss, state.epoch
 
 
-def _save(run: TrainingRun, state: TrainState, clock: Clock, writer: CheckpointWriter, best: bool = False) -> None:
+def _save(
+    run: TrainingRun,
+    state: TrainState,
+    clock: Clock,
+    writer: CheckpointWriter,
+    best: bool = False,
+    record: Record | None = None,
+) -> None:
     """Start writing the last checkpoint and, if this is a new best, the best one. Every rank must call this."""
     distributed.broadcast_buffers(run.network)
-    metadata = run.metadata(replace(state, elapsed=clock.elapsed()))
+    metadata = run.metadata(replace(state, elapsed=clock.elapsed()), record)
     if run.ranks.first:
         writer.write(take_snapshot(run.network, metadata, run.optimizer), best)
     clock.saved()

@@ -185,7 +185,9 @@ def test_each_engine_is_asked_for_all_gpus_where_there_are_some(tmp_path: Path, 
     command = [DOCKER / "run", "train", "--member", "1"]
     done = subprocess.run(command, env=clean, capture_output=True, text=True, check=True)
     said = done.stdout.strip()
-    assert said.startswith("--debug run --rm --read-only ") and said.endswith(" --a b stas train --member 1")
+    assert said.startswith("--debug run --rm --read-only ") and said.endswith(
+        f" --a b stas {'--gpus 1 ' if has_gpu else ''}train --member 1"
+    )
     assert f"--volume {tmp_path}:/data:ro --volume {tmp_path}/ws:/workspace" in said
     assert (gpus in said) == has_gpu
     assert ("no GPU here" in done.stderr) != has_gpu

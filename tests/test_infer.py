@@ -17,9 +17,11 @@ from stas.infer import infer
 from stas.models.checkpoint import load_checkpoint
 from stas.models.checksum import written_checksum
 from stas.paths import Workspace
+from stas.preprocess import preprocess
 from stas.train import train
 from stas.training.metrics_log import read_metrics
 from tests.support.launch import stas
+from tests.support.runs import changed
 
 
 @pytest.fixture(scope="module")
@@ -256,3 +258,28 @@ def test_no_run_and_no_images(store_workspace, trained, tmp_path):
         infer("nobody", tmp_path, store_workspace)
     with pytest.raises(InputDataError, match="no image in it"):
         infer(trained, tmp_path, store_workspace)
+
+
+@pytest.mark.parametrize("asked", ["--tta", "infer.tta"])
+def test_turned_images_that_the_network_cannot_take_are_refused(sample, tmp_path, tiny, asked):
+    """A UNETR takes one size: a rectangle cannot be turned. Found out before the work, also before training."""
+    workspace = Workspace(tmp_path)
+    options = {"hidden_size": 16, "mlp_dim": 16, "num_heads": 2, "feature_size": 2}
+    recipe = changed(
+        tiny,
+        data={"size": [32, 64]},
+        model={"architecture": "UNETR", "options": options},
+        augment={"dihedral": False},
+        infer={"tta": asked == "infer.tta"},
+        train={"epochs": 1},
+    )
+    preprocess([sample / "Train_Images"], [sample / "Train_Annotations"], workspace, recipe.data, workers=1)
+    message = r"UNETR takes 64 x 32 pixels .* not 32 x 64, .*square data\.size"
+    if asked == "infer.tta":
+        with pytest.raises(UsageError, match=message):
+            train(recipe, workspace, "unetr")
+        return
+    train(recipe, workspace, "unetr")
+    with pytest.raises(UsageError, match=message):
+        infer("unetr", sample / "Train_Images", workspace, tta=True)
+    infer("unetr", sample / "Train_Images", workspace, tta=False)

@@ -140,6 +140,7 @@ def test_a_changed_count_reaches_every_overlay(tmp_path: Path, rendered: dict[st
 
 @pytest.mark.parametrize("name", [name for name in OVERLAYS if name != "cpu-demo"])
 def test_gpu_counts_agree(name: str, rendered: dict[str, list[Manifest]]):
+    assert config(rendered[name])["GPUS"] == str(GPUS), where("base/kustomization.yaml", "GPUS=")
     for pod in pods(rendered[name]):
         for container in containers(pod):
             ranked = stage_of(container, config(rendered[name]))[0] in RANKED
@@ -152,6 +153,7 @@ def test_gpu_counts_agree(name: str, rendered: dict[str, list[Manifest]]):
 
 def test_the_demo_needs_no_gpu(rendered: dict[str, list[Manifest]]):
     assert GPU not in yaml.safe_dump(rendered["cpu-demo"])
+    assert config(rendered["cpu-demo"])["GPUS"] == "0"
 
 
 def test_the_nodes_of_a_member_agree(rendered: dict[str, list[Manifest]]):
@@ -189,7 +191,7 @@ def test_every_container_ends_in_the_one_entry_point(overlay: list[Manifest]):
 
 
 def test_no_hyperparameter(overlay: list[Manifest]):
-    allowed = {"ENSEMBLE", "TRAIN_IMAGES", "TRAIN_ANNOTATIONS", "PREDICT_IMAGES", "TIME_LIMIT"}
+    allowed = {"ENSEMBLE", "GPUS", "TRAIN_IMAGES", "TRAIN_ANNOTATIONS", "PREDICT_IMAGES", "TIME_LIMIT"}
     assert set(config(overlay)) == allowed, "the ConfigMap says where things are, and for how long"
     keys = set(leaves(Recipe))
     for pod in pods(overlay):

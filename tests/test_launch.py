@@ -8,15 +8,19 @@ import sys
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from stas.config import Recipe
-from stas.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RESUMABLE, EXIT_USAGE
-from stas.launch import _ended, _lost, worst_exit_code
+from stas.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RESUMABLE, EXIT_USAGE, MachineError
+from stas.infer import infer
+from stas.launch import _ended, _lost, _ranks, launch, worst_exit_code
 from stas.models.checkpoint import load_checkpoint
 from stas.paths import Workspace
+from stas.train import train
 from stas.training.metrics_log import read_metrics
 from tests.support.launch import PATIENCE, started, stas
 
@@ -133,3 +137,51 @@ def test_two_launchers_meet_and_train_as_two_nodes(store_workspace: Workspace, t
         said = first.communicate(timeout=PATIENCE)[1] + second.communicate(timeout=PATIENCE)[1]
     assert (first.returncode, second.returncode) == (0, 0), said
     assert len(re.findall(r"epoch +2/2", said)) == 1  # one rank logs
+
+
+@pytest.mark.parametrize("stage", ["train", "infer"])
+@pytest.mark.parametrize("asked", [("--gpus", 4), ("--gpus", "all"), ("--gpus", 2, "--processes", 2)])
+def test_gpus_that_were_asked_for_must_be_there(stage: str, asked: tuple[object, ...], tmp_path: Path):
+    which = ("--recipe", "lite0") if stage == "train" else ("--run", "r", "--images", tmp_path)
+    done = stas("launch", *asked, stage, *which, "--workspace", tmp_path)
+    assert done.returncode == 1
+    assert f"stas: --gpus {asked[1]}: this process sees 0 GPUs" in done.stderr and "--gpus 0" in done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_stage_that_needs_a_gpu_does_not_run_on_the_cpu(store_workspace: Workspace, tiny: Recipe):
+    train(tiny, store_workspace, "cpu", device="cpu")
+    (images := store_workspace.root / "images").mkdir()
+    Image.new("RGB", (40, 40)).save(images / "one.png")
+    for stage in (
+        lambda: train(tiny, store_workspace, "r", device="cuda"),
+        lambda: infer("cpu", images, store_workspace, device="cuda"),
+    ):
+        with pytest.raises(MachineError, match=r"--device cuda: process 0 .* torch sees 0.*--device cpu"):
+            stage()
+    assert not store_workspace.run("r").checkpoint("last").exists()
+
+
+@pytest.mark.parametrize(
+    ("processes", "gpus", "found", "ranks"),
+    [(None, None, 0, 1), (None, None, 3, 3), (4, None, 0, 4), (None, 2, 4, 2), (None, "all", 3, 3), (1, 4, 4, 1),
+     (4, 0, 4, 4), (None, 0, 4, 1), (None, 4, 3, None), (4, "all", 3, None), (3, 2, 2, None), (4, 4, 0, None)],
+)  # fmt: skip
+def test_ranks_by_processes_and_gpus(
+    processes: int | None, gpus: Any, found: int, ranks: int | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("stas.launch._gpus", lambda: found)
+    if ranks is None:
+        with pytest.raises(MachineError, match=f"--gpus {gpus}: this process sees {found} GPUs"):
+            _ranks(processes, gpus)
+    else:
+        assert _ranks(processes, gpus) == ranks
+
+
+def test_a_launcher_without_gpus_says_that_it_wants_the_cpu(monkeypatch: pytest.MonkeyPatch):
+    ran: list[list[str]] = []
+    monkeypatch.setattr("stas.launch._gpus", lambda: 2)
+    monkeypatch.setattr("stas.launch.signal.signal", lambda *_: None)
+    for gpus in (0, None):
+        launch(["train", "--recipe", "r"], lambda stage: ran.append(list(stage)) or 0, print, processes=1, gpus=gpus)
+    assert ran == [["train", "--device", "cpu", "--recipe", "r"], ["train", "--recipe", "r"]]

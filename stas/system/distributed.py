@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from stas.errors import EXIT_FAILED, StoppedEarly
+from stas.errors import EXIT_FAILED, MachineError, StoppedEarly
 from stas.paths import status_file
 
 log = logging.getLogger(__name__)
@@ -36,24 +36,27 @@ class Ranks:
 
 
 @contextmanager
-def join_ranks() -> Iterator[Ranks]:
+def join_ranks(device: str = "auto") -> Iterator[Ranks]:
     """Join the other ranks if torchrun started this process; otherwise be the only rank.
 
     Tensors on a GPU use NCCL; small metadata on the CPU always use gloo.
+
+    Args:
+        device: cuda: this rank's own GPU; cpu; auto: the GPU if there is one.
+
+    Raises:
+        MachineError: cuda, and this process sees no GPU of its own.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
+    chosen = _choose_device(device, local)
     if rank:
         logging.getLogger("stas").setLevel(logging.WARNING)
     if size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
     try:
-        yield Ranks(rank, size, device)
+        yield Ranks(rank, size, chosen)
     except Exception as error:
         if size > 1 and not isinstance(error, StoppedEarly):
             log.error("rank %d of %d: %s: %s", rank, size, type(error).__name__, error)
@@ -63,6 +66,20 @@ def join_ranks() -> Iterator[Ranks]:
     finally:
         if size > 1:
             dist.destroy_process_group()
+
+
+def _choose_device(device: str, local: int) -> torch.device:
+    available = torch.cuda.is_available()
+    if device == "cpu" or (device == "auto" and not available):
+        return torch.device("cpu")
+    found = torch.cuda.device_count() if available else 0
+    if found <= local:
+        raise MachineError(
+            f"--device {device}: process {local} of this node needs GPU {local}, and torch sees {found}: run "
+            "nvidia-smi and `stas doctor` on this node, give the GPUs to the job or the container, or say --device cpu"
+        )
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from stas.data.store import Store, open_store
 from stas.errors import StoppedEarly, UsageError
 from stas.models.checkpoint import fitting, load_newest, restore_optimizer
 from stas.models.network import Compiled, build_network, place
+from stas.models.trial import check_batch
 from stas.paths import RunPaths, Workspace
 from stas.recipe import dump_recipe, parse_recipe
 from stas.system import distributed
@@ -25,7 +26,9 @@ from stas.system.distributed import Ranks
 from stas.system.files import write_json, write_text
 from stas.training.loader import SampleCache
 from stas.training.losses import build_loss
+from stas.training.metrics_log import Record, finite
 from stas.training.optim import build_optimizer
+from stas.training.resume import check_best, check_never_saved, check_same_recipe, check_same_split
 
 log = logging.getLogger(__name__)
 COMPILE_WORTH = 600  # seconds of a time limit that must be left to start compiling, which takes minutes
@@ -81,9 +84,13 @@ class TrainingRun:
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
     loss: Callable[[Tensor, Tensor], Tensor]
+    newest_record: Record | None = None  # of the last finished epoch, if its checkpoint has it
 
-    def metadata(self, state: TrainState) -> dict[str, Any]:
-        """A checkpoint's content besides the tensors. Every rank must call this."""
+    def metadata(self, state: TrainState, record: Record | None = None) -> dict[str, Any]:
+        """A checkpoint's content besides the tensors. Every rank must call this.
+
+        `record` is the metrics of the epoch that has just finished: they are written after the checkpoint.
+        """
         return {
             "recipe": self.recipe.model_dump(mode="json"),
             "run": self.paths.root.name,
@@ -91,6 +98,7 @@ class TrainingRun:
             "validation": [self.store.samples[index]["stem"] for index in self.validation],
             "state": state.to_json(),
             "scaler": self.scaler.state_dict(),
+            "record": record and finite(record),
         }
 
 
@@ -100,8 +108,9 @@ def set_up(
     """Build a run, or resume it from its newest checkpoint; `limit` is the seconds that all its parts may take.
 
     Raises:
-        UsageError: the run exists with another recipe or store; there is no store; the batch is smaller than the number
-            of ranks.
+        InputDataError: a checkpoint that the run wrote is missing or damaged.
+        UsageError: the run exists with another recipe, store or split; there is no store; the batch is smaller than the
+            number of ranks.
     """
     if recipe.train.batch < ranks.size:
         raise UsageError(
@@ -116,7 +125,10 @@ def set_up(
     with fitting(paths.root):
         state = TrainState.from_json(saved.metadata["state"], ranks) if saved else TrainState()
         if saved:
-            _check_same_recipe(recipe, parse_recipe(saved.metadata["recipe"], str(paths.root)), paths)
+            check_same_recipe(recipe, parse_recipe(saved.metadata["recipe"], str(paths.root)), paths)
+            check_best(paths, saved, state.best_epoch, ranks)
+    if not saved:
+        check_never_saved(paths)
     store = open_store(workspace, recipe.data)
     if saved and saved.metadata.get("store") != store.key:
         raise UsageError(
@@ -124,8 +136,11 @@ def set_up(
             "the data changed; start a new run with --run"
         )
     training, validation = split_samples(store.samples, recipe.data.split)
+    with fitting(paths.root):
+        check_same_split(paths, saved and saved.metadata, store, validation)
     torch.manual_seed(recipe.train.seed)
-    network = build_network(recipe.model, recipe.data.size, pretrained=saved is None)
+    network = build_network(recipe.model, recipe.data.size, pretrained=saved is None, turned=recipe.infer.tta)
+    check_batch(network, recipe.model, recipe.data.size, ranks.share(recipe.train.batch))
     if saved:
         with fitting(paths.root):
             network.load_state_dict(saved.network)
@@ -158,6 +173,7 @@ def set_up(
         optimizer=optimizer,
         scaler=scaler,
         loss=build_loss(recipe.loss),
+        newest_record=saved and saved.metadata.get("record"),
     )
     return run, state
 
@@ -179,20 +195,4 @@ def _parallel(network: nn.Module, train: Train, ranks: Ranks, left: float) -> nn
             broadcast_buffers=False,  # each rank keeps its own running statistics until validation takes rank 0's
             gradient_as_bucket_view=True,
             static_graph=True,
-        )
-
-
-def _check_same_recipe(recipe: Recipe, saved: Recipe, paths: RunPaths) -> None:
-    """Refuse a changed recipe. Inference settings may change, and so may the number of epochs at a constant rate."""
-    same_rates = recipe.schedule.name == "constant" and not recipe.schedule.warmup
-    changed = [
-        f"{section}.{key}: {old!r} before, {new!r} now"
-        for section in ("data", "model", "loss", "optimizer", "schedule", "augment", "train")
-        for (key, old), (_, new) in zip(getattr(saved, section), getattr(recipe, section), strict=True)
-        if old != new and not (same_rates and (section, key) == ("train", "epochs"))
-    ]
-    if changed:
-        raise UsageError(
-            f"{paths.root} was started with another recipe:\n  " + "\n  ".join(changed) + "\nGive the run another name "
-            "with --run, or use the settings it was started with"
         )

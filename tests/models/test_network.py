@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import pytest
 import segmentation_models_pytorch as smp
 import torch
@@ -5,6 +7,7 @@ import torch
 from stas.config import Model
 from stas.errors import UsageError
 from stas.models.network import build_network
+from stas.models.trial import check_batch
 from stas.recipe import load_recipe
 
 SMP_ARCHITECTURES = [
@@ -99,3 +102,64 @@ def test_a_classifier_is_refused():
 def test_a_size_the_decoder_cannot_take_is_refused():
     with pytest.raises(UsageError, match=r"data\.size: 256 x 250 pixels \(width x height\) do .* divisible by"):
         build_network(Model(weights=None), (250, 256), pretrained=False)
+
+
+DPT = {"architecture": "DPT", "encoder": "tu-vit_tiny_patch16_224.augreg_in21k"}
+UNETR = {
+    "library": "monai",
+    "architecture": "UNETR",
+    "options": {"hidden_size": 48, "mlp_dim": 64, "num_heads": 4, "feature_size": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("values", "size", "message"),
+    [
+        (DPT, (256, 256), r"data\.size: 256 x 256 .* DPT .*doesn't match model \(224\).*: 224 x 224 works"),
+        (DPT, (224, 448), r"data\.size: 448 x 224 pixels \(width x height\) .*: 224 x 224 works"),
+        ({"architecture": "PAN"}, (64, 96), r"data\.size: 96 x 64 .*PAN .*too small.*: 128 x 128 works"),
+        (
+            {"library": "monai", "architecture": "UNet", "options": {"channels": [4, 8], "strides": [2]}},
+            (65, 64),
+            r"data\.size: 64 x 65 .*UNet .*: 64 x 96 works",
+        ),
+    ],
+)
+def test_a_size_that_fails_in_the_forward_pass_is_refused(values, size, message):
+    model = Model.model_validate({"weights": None} | values)
+    with pytest.raises(UsageError, match=message):
+        build_network(model, size, pretrained=False)
+
+
+def test_turning_a_rectangle_is_tried_where_tta_is_asked_for():
+    model = Model.model_validate(UNETR)
+    build_network(model, (64, 96), pretrained=False)
+    build_network(model, (64, 64), pretrained=False, turned=True)
+    with pytest.raises(UsageError, match=r"UNETR takes 96 x 64 .*not 64 x 96, .*square data\.size.*--no-tta"):
+        build_network(model, (64, 96), pretrained=False, turned=True)
+
+
+def test_the_trial_changes_nothing():
+    torch.manual_seed(0)
+    network = build_network(Model(encoder="resnet18", weights=None), (64, 64), pretrained=False)
+    assert network.training
+    state = network.state_dict()
+    assert all(value.device.type == "cpu" for value in state.values())
+    assert torch.equal(state["encoder.bn1.running_mean"], torch.zeros(64))
+    assert state["encoder.bn1.num_batches_tracked"] == 0
+
+
+def test_what_the_meta_device_does_not_know_is_tried_for_real(monkeypatch):
+    monkeypatch.setattr("stas.models.trial._run_on_meta", lambda *_: 1 / 0)
+    model = Model.model_validate(UNETR)
+    build_network(model, (64, 96), pretrained=False)
+    with pytest.raises(UsageError, match="test-time augmentation"):
+        build_network(model, (64, 96), pretrained=False, turned=True)
+
+
+def test_a_batch_of_one_image_is_refused_where_it_cannot_be_normalised():
+    for architecture, share, refused in (("DeepLabV3Plus", 1, True), ("DeepLabV3Plus", 2, False), ("Unet", 1, False)):
+        model = Model(architecture=architecture, encoder="resnet18", weights=None)
+        network = build_network(model, (64, 64), pretrained=False)
+        with pytest.raises(UsageError, match=r"train\.batch: .*at least 2") if refused else nullcontext():
+            check_batch(network, model, (64, 64), share)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stas.config import Model
+from stas.doctor import weights as doctors_view
 from stas.errors import UsageError
 from stas.models.network import build_network
 from stas.models.weights import find_weights, weights_file_name
@@ -217,3 +218,87 @@ def test_weights_that_cannot_be_fetched_are_an_error(hub, tmp_path):
     done = stas("weights", "fetch", tmp_path / "weights", "--recipe", recipe, **hub)
     assert done.returncode == 2 and "no pretrained weights for encoder" in done.stderr
     assert not (tmp_path / "weights").exists() or not list((tmp_path / "weights").iterdir())
+
+
+@pytest.fixture
+def small_weights(tmp_path, monkeypatch):
+    """A directory of weights, its file for SMALL, and the tensors in it."""
+    import timm
+
+    monkeypatch.setenv("STAS_WEIGHTS_DIR", str(tmp_path))
+    tensors = timm.create_model("mobilenetv3_small_050").state_dict()
+    return tmp_path / f"{weights_file_name(SMALL)}.safetensors", tensors
+
+
+def without(tensors, *names):
+    return {name: value for name, value in tensors.items() if name not in names}
+
+
+BROKEN = {
+    "another model's names": (
+        lambda tensors: {f"encoder.{name}": value for name, value in tensors.items()},
+        r"206 of the 206 tensors .* conv_stem\.weight is missing.* and 203 more; .* names are like encoder\.",
+    ),
+    "no tensor": (lambda tensors: {"x": torch.zeros(1)}, "206 of the 206 tensors"),
+    "one missing": (
+        lambda tensors: without(tensors, "blocks.1.0.conv_pw.weight"),
+        r"1 of the 206 tensors .* blocks\.1\.0\.conv_pw\.weight is missing",
+    ),
+    "running statistics missing": (
+        lambda tensors: without(tensors, "bn1.running_mean"),
+        r"1 of the 206 tensors .* bn1\.running_mean is missing",
+    ),
+    "another shape": (
+        lambda tensors: tensors | {"bn1.weight": torch.zeros(17)},
+        r"1 of the 206 tensors .* bn1\.weight is \(17,\) instead of \(16,\)",
+    ),
+    "not finite": (
+        lambda tensors: tensors | {"bn1.bias": torch.full((16,), torch.nan)},
+        r"bn1\.bias is not finite",
+    ),
+    "a larger encoder's": (
+        lambda tensors: tensors | {"blocks.5.1.conv.weight": torch.zeros(3, 3)},
+        r"which has no blocks\.5\.1\.conv\.weight: they are of a larger one",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_weights_that_do_not_fill_the_encoder_are_refused(small_weights, name):
+    file, tensors = small_weights
+    change, message = BROKEN[name]
+    save_file(change(dict(tensors)), file)
+    recipe = load_recipe("lite0", [f"model.encoder={SMALL.encoder}", "data.size=64"])
+    everything = f"(?s)^{re.escape(str(file))}: .*{message}.*weights fetch.*model.weights=null"
+    with pytest.raises(UsageError, match=everything):
+        build_network(recipe.model, (64, 64), pretrained=True)
+    (finding,) = doctors_view(recipe)
+    assert finding.status == "FAIL" and re.search(message, finding.found) and "weights fetch" in finding.remedy
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: {f"module.{name}": value for name, value in tensors.items()},  # timm takes the prefix off
+        lambda tensors: {name: value for name, value in tensors.items() if "num_batches_tracked" not in name},
+        lambda tensors: {name: value for name, value in tensors.items() if not name.startswith("classifier")},
+        lambda tensors: tensors | {"classifier.weight": torch.zeros(7, 1024), "classifier.bias": torch.zeros(7)},
+        lambda tensors: {name: value.half() for name, value in tensors.items()},
+    ],
+)
+def test_weights_with_another_head_prefix_or_precision_fill_it(small_weights, change):
+    file, tensors = small_weights
+    save_file(change(dict(tensors)), file)
+    network = build_network(SMALL, (64, 64), pretrained=True)
+    for name, value in network.get_submodule("encoder.model").state_dict().items():
+        if "num_batches_tracked" not in name:
+            assert torch.equal(value, tensors[name].to(value.dtype)) or torch.allclose(value, tensors[name], atol=1e-3)
+
+
+def test_smp_weights_that_do_not_fill_the_encoder_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("STAS_WEIGHTS_DIR", str(tmp_path))
+    model = Model(encoder="resnet18", architecture="Unet")
+    source = build_network(model, (64, 64), pretrained=False).get_submodule("encoder").state_dict()
+    save_file(without(source, "layer1.0.conv1.weight"), tmp_path / "resnet18.imagenet.safetensors")
+    with pytest.raises(UsageError, match=r"1 of the 100 tensors .* layer1\.0\.conv1\.weight is missing"):
+        build_network(model, (64, 64), pretrained=True)

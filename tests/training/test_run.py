@@ -10,7 +10,7 @@ import yaml
 
 from stas.config import Recipe
 from stas.errors import UsageError
-from stas.models.checkpoint import save_last, take_snapshot
+from stas.models.checkpoint import save_checkpoint, save_last, take_snapshot
 from stas.paths import RunPaths, Workspace
 from stas.preprocess import preprocess
 from stas.recipe import parse_recipe
@@ -28,7 +28,9 @@ def saved(recipe: Recipe, workspace: Workspace, paths: RunPaths) -> TrainingRun:
     loss = run.loss(run.network(torch.rand(1, 3, 64, 64)), torch.ones(1, 1, 64, 64)).sum()
     loss.backward()
     run.optimizer.step()
-    save_last(paths, take_snapshot(run.network, run.metadata(HALFWAY), run.optimizer))
+    snapshot = take_snapshot(run.network, run.metadata(HALFWAY), run.optimizer)
+    save_checkpoint(paths.checkpoint("best"), snapshot.network_only())
+    save_last(paths, snapshot)
     return run
 
 
