@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from stas.config import Recipe, Train
-from stas.data.split import split_samples
+from stas.data.split import split_samples, warn_of_shared_images
 from stas.data.store import Store, open_store
 from stas.errors import StoppedEarly, UsageError
 from stas.models.checkpoint import fitting, load_newest, restore_optimizer
@@ -124,6 +124,8 @@ def set_up(
             "the data changed; start a new run with --run"
         )
     training, validation = split_samples(store.samples, recipe.data.split)
+    if ranks.first:
+        warn_of_shared_images(store.samples, training, validation)
     torch.manual_seed(recipe.train.seed)
     network = build_network(recipe.model, recipe.data.size, pretrained=saved is None)
     if saved:
