@@ -186,10 +186,11 @@ def test_an_error_that_passes_at_the_second_attempt_is_none(tmp_path, monkeypatc
     assert (read_image(path) == RED).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["jpg", "png", "tif", "webp", "bmp"])
 def test_an_image_that_memory_does_not_suffice_for_is_no_damaged_one(tmp_path, form):
     """Libraries that cannot allocate say that the file is damaged."""
-    pixels = np.random.default_rng(0).integers(0, 256, (1500, 2000, 3), np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (800, 1000, 3), np.uint8)
     options = {"jpg": {"progressive": True}, "tif": {"compression": "tiff_lzw"}}.get(form, {})
     path = save(tmp_path / f"a.{form}", Image.fromarray(pixels), **options)
     code = """
@@ -200,7 +201,7 @@ from stas.errors import StoppedEarly
 path, ended = Path(sys.argv[1]), []
 read_image(path)
 size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-for spare in range(0, 120, 4):
+for spare in range(0, 100, 10):
     resource.setrlimit(resource.RLIMIT_AS, (size + (spare << 20), resource.RLIM_INFINITY))
     try:
         read_image(path)
