@@ -74,7 +74,7 @@ def _run(command: Command, options: argparse.Namespace) -> int:
         return _fail("interrupted", 130)
 
 
-def _fail(error: Exception | str, code: int) -> int:
+def _fail(error: BaseException | str, code: int) -> int:
     print(f"stas: {error}", file=sys.stderr)
     return code
 

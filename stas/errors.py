@@ -15,8 +15,16 @@ class InputDataError(ValueError):
     """An image, annotation, mask or checkpoint that cannot be used. Exit code 3."""
 
 
-class StoppedEarly(Exception):
-    """The stage stopped early and resumes when started again. Exit code 75."""
+class UnreadableError(InputDataError):
+    """A file that this user may not read. It may be a good one, so `--skip-bad` never leaves it out. Exit code 3."""
+
+
+class StoppedEarly(BaseException):
+    """The stage stopped early and resumes when started again. Exit code 75.
+
+    Not an Exception, because readers of untrusted files catch those to call a file damaged. A signal that arrives while
+    a file is read, or a disk that fails for a moment, says nothing about the file.
+    """
 
 
 class TrainingError(RuntimeError):

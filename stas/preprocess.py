@@ -13,18 +13,19 @@ from numpy.typing import NDArray
 
 from stas.config import Data, Split
 from stas.data.annotations import Annotation, rasterise, read_labelme
-from stas.data.images import read_grey, read_image, read_member_mask, stated_size, write_mask
-from stas.data.pairs import Pair, find_pairs, pair_hashes, skipped, store_key
-from stas.data.split import split_samples
+from stas.data.images import read_image, read_member_mask, stated_size
+from stas.data.masks import check_apart, is_within, write_masks
+from stas.data.pairs import Pair, find_pairs, skipped, stop_if_gone, store_key
+from stas.data.split import split_samples, warn_of_shared_images
 from stas.data.store import Store, point_to, pointer
 from stas.data.store_manifest import Skipped
 from stas.data.store_spec import StoreSpec, store_spec
 from stas.data.store_writer import Record, Source, StoreWriter, build_store, make_record
 from stas.data.workers import records
-from stas.errors import InputDataError, UsageError
-from stas.paths import Workspace, lock_file, mask_file
-from stas.system.files import remove_leftovers
-from stas.system.locks import lock
+from stas.errors import InputDataError, StoppedEarly, UsageError
+from stas.paths import Workspace
+from stas.system.files import sha256
+from stas.system.publish import check_replaceable
 from stas.system.resources import cores
 from stas.system.threads import bar
 
@@ -56,7 +57,7 @@ def preprocess(
         annotations: directories of LabelMe JSON files and of mask PNGs, each with the stem of its image.
         workspace: where the store goes.
         data: the recipe's section.
-        masks: a directory for each sample's mask as PNG, at the image's own size.
+        masks: a directory of its own for each sample's mask as PNG, at the image's own size.
         skip_bad: leave bad pairs out and list them in the manifest, instead of failing.
         workers: processes; by default one per core this process may use.
         splits: the splits of all recipes that share the store, which must fit its samples; by default that of `data`.
@@ -66,12 +67,20 @@ def preprocess(
 
     Raises:
         InputDataError: bad pairs, each listed with file, reason and remedy; nothing is stored.
-        UsageError: no shape has the label, or a split does not fit the samples (the store is kept).
+        StoppedEarly: a file could not be read for a reason that may pass; nothing is stored.
+        UsageError: no shape has the label, a split does not fit the samples (the store is kept), or `masks` may not be
+            written.
     """
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers}: must be 1 or more")
     spec = store_spec(data)
     pointer(workspace, spec)  # before the work, because it refuses a label that cannot be in a file name
+    for place in (*images, *annotations):
+        if is_within(place, workspace.stores):
+            raise UsageError(f"{place}: is where stores are written: use another --workspace")
+    if masks is not None:
+        check_apart(masks, [*images, *annotations, workspace.stores])
+        check_replaceable(masks, "mask set")
     pairs, bad = find_pairs(images, annotations)
     directory = workspace.store(store_key(spec, pairs, bad))
     with build_store(directory, spec) as writer:
@@ -82,9 +91,11 @@ def preprocess(
     if not writer:
         log.info("%s already exists, made from the same files", directory)
         _check_skipped(store.skipped, skip_bad)
+        if store.skipped:
+            log.warning("should any of them be readable by now: delete %s and run this again", directory)
     point_to(workspace, store)
     if masks is not None:
-        _write_masks(store, masks)
+        write_masks(store, masks)
     _report(store)
     for split in splits or [data.split]:
         _report_split(store, split)
@@ -94,17 +105,22 @@ def preprocess(
 def make_sample(task: Task) -> Record | Skipped:
     """Read, check and resize one pair. Runs in a worker process."""
     pair = task.pair
-    blamed = pair.annotation
+    blamed, problem = pair.annotation, None
     try:
         annotation = read_labelme(pair.annotation) if pair.annotation.suffix.lower() == ".json" else None
         blamed = pair.image or pair.annotation
         image = read_image(_image_source(pair, annotation))
         blamed = pair.annotation
         mask = _mask(pair.annotation, annotation, (image.shape[0], image.shape[1]), task.spec.labels[0])
-        if pair_hashes(pair.annotation, pair.image, annotation) != (pair.annotation_sha256, pair.image_sha256):
-            raise InputDataError(f"{blamed}: it or its image changed while being read: run the command again")
-    except (InputDataError, OSError) as error:
-        return skipped(blamed, error)
+        _check_unchanged(pair)
+        return _record(pair, image, mask, task.spec)
+    except (InputDataError, OSError, MemoryError) as error:
+        problem = skipped(blamed, error, pair.annotation, pair.image)
+    _check_unchanged(pair)  # bad as a whole, not just half written
+    return problem
+
+
+def _record(pair: Pair, image: NDArray[np.uint8], mask: NDArray[np.bool_], spec: StoreSpec) -> Record:
     source = Source(
         stem=pair.stem,
         image=pair.image.name if pair.image else pair.annotation.name,
@@ -112,7 +128,15 @@ def make_sample(task: Task) -> Record | Skipped:
         annotation=pair.annotation.name,
         annotation_sha256=pair.annotation_sha256,
     )
-    return make_record(source, image, mask, task.spec)
+    return make_record(source, image, mask, spec)
+
+
+def _check_unchanged(pair: Pair) -> None:
+    """Stop if a file is no longer the one that was hashed: what was read may be neither version of it."""
+    stop_if_gone(pair.annotation, pair.image)
+    hashes = sha256(pair.annotation), sha256(pair.image) if pair.image else pair.image_sha256
+    if hashes != (pair.annotation_sha256, pair.image_sha256):
+        raise StoppedEarly(f"{pair.annotation}: it or its image changed while being read: run the command again")
 
 
 def _fill(
@@ -141,7 +165,7 @@ def _largest(pairs: Sequence[Pair], spec: StoreSpec) -> tuple[int, int]:
         return spec.size
     shapes = [(1, 1)]
     for pair in pairs:
-        with suppress(InputDataError, OSError):  # it is reported as bad when it is decoded
+        with suppress(InputDataError):  # it is reported as bad when it is decoded
             annotation = None if pair.image else read_labelme(pair.annotation)
             shapes.append(spec.shape(*stated_size(_image_source(pair, annotation))))
     return max(shapes, key=math.prod)
@@ -151,7 +175,7 @@ def _image_source(pair: Pair, annotation: Annotation | None) -> Path | bytes:
     if pair.image is not None:
         return pair.image
     if annotation is None or annotation.image_data is None:
-        raise InputDataError(
+        raise StoppedEarly(
             f"{pair.annotation}: its embedded image disappeared after it was hashed: run the command again"
         )
     return annotation.image_data
@@ -206,26 +230,6 @@ def _check_label(annotations: Sequence[Path], label: str) -> None:
     log.warning("no sample has any foreground: a network cannot learn from them")
 
 
-def _write_masks(store: Store, directory: Path) -> None:
-    """Write each sample's mask as PNG, unless the file already has the same pixels."""
-    written = 0
-    with lock(lock_file(directory / "masks")):  # inside, because its parent may not be writable
-        remove_leftovers(directory, ".*.png.*.tmp")
-        for index, sample in enumerate(bar(store.samples, len(store), "masks")):
-            mask, path = store.full_mask(index), mask_file(directory, sample["stem"])
-            if not _holds(path, mask):
-                write_mask(path, mask)
-                written += 1
-    log.info("%s: %d masks written, %d already there", directory, written, len(store) - written)
-
-
-def _holds(path: Path, mask: NDArray[np.bool_]) -> bool:
-    try:
-        return path.is_file() and np.array_equal(read_grey(path), mask * np.uint8(255))
-    except InputDataError:
-        return False
-
-
 def _report(store: Store) -> None:
     """Print what the store holds."""
     shares = np.array([100 * sample["area"] / (sample["height"] * sample["width"]) for sample in store.samples])
@@ -240,5 +244,6 @@ def _report(store: Store) -> None:
 def _report_split(store: Store, split: Split) -> None:
     """Print how a split divides the samples; refuse one that does not fit them."""
     training, validation = split_samples(store.samples, split)
+    warn_of_shared_images(store.samples, training, validation)
     fold = f" {split.fold} of {split.folds}" if split.kind == "kfold" else ""
     print(f"split  {split.kind}{fold}: {len(training)} for training, {len(validation)} for validation")

@@ -1,21 +1,27 @@
 import base64
+import errno
 import io
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from stas.cli import main
 from stas.config import Recipe
+from stas.data import images
 from stas.data.images import read_grey, read_image, write_mask
 from stas.data.resize import area_resize
 from stas.data.store import Store, open_store, pointer
-from stas.errors import InputDataError, UsageError
+from stas.errors import InputDataError, StoppedEarly, UnreadableError, UsageError
 from stas.paths import Workspace, manifest_file, store_data
 from stas.preprocess import preprocess
 from stas.recipe import load_recipe
@@ -158,9 +164,9 @@ def test_masks_are_also_written_from_an_existing_store(cases):
     cases.run()
     masks = cases.root / "masks"
     cases.run(masks=masks)
-    assert sorted(path.name for path in masks.iterdir()) == ["good.png", "more.png"]
+    assert sorted(path.name for path in masks.glob("*.png")) == ["good.png", "more.png"]
     assert np.array_equal(read_grey(masks / "more.png"), expected_mask(30, 5, 34, 9) * np.uint8(255))
-    (masks / "more.png").write_bytes(b"damaged")
+    (masks / "more.png").unlink()
     cases.run(masks=masks)
     assert np.array_equal(read_grey(masks / "more.png"), expected_mask(30, 5, 34, 9) * np.uint8(255))
 
@@ -491,6 +497,160 @@ def test_two_at_once(cases):
     assert sorted(path.name for path in cases.workspace.stores.iterdir()) == sorted([store.key, "STAS-352x640.json"])
 
 
+class Opening:
+    """Let a number of opens of one file succeed, then do something at each further one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, after: int, act: Callable[[Path], object]) -> None:
+        self.name, self.left, self.act = name, after, act
+        self._open = open
+        monkeypatch.setattr("builtins.open", self)
+
+    def __call__(self, file: Any, *arguments: Any, **options: Any) -> Any:
+        if isinstance(file, (str, Path)) and Path(file).name == self.name:
+            self.left -= 1
+            if self.left < 0:
+                self.act(Path(file))
+        return self._open(file, *arguments, **options)
+
+
+def failing(number: int) -> Callable[[Path], object]:
+    def fail(file: Path) -> None:
+        raise OSError(number, os.strerror(number), str(file))
+
+    return fail
+
+
+READS = 3  # of each file: to hash it, to decode it, to see that it is still the same
+PASSING = [errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EINTR]
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+@pytest.mark.parametrize("file", ["bad.json", "bad.png"])
+@pytest.mark.parametrize("number", PASSING, ids=lambda number: errno.errorcode[number])
+def test_what_may_pass_makes_no_file_a_bad_one(cases, monkeypatch, number, file, skip_bad):
+    cases.pair("bad")
+    for after in range(READS):
+        with monkeypatch.context() as patch, pytest.raises(StoppedEarly) as caught:
+            Opening(patch, file, after, failing(number))
+            cases.run(skip_bad=skip_bad)
+        assert str(caught.value).startswith(f"{cases.root}")
+        assert f"{file}: this machine could not read it ({os.strerror(number)})" in str(caught.value)
+        assert "Run the same command again" in str(caught.value)
+        assert not [*cases.workspace.stores.glob("*")]
+    assert len(cases.run(skip_bad=skip_bad)) == 3
+
+
+def test_the_command_ends_resumable_when_the_disk_fails_for_a_moment(cases, monkeypatch, capsys):
+    command = ["preprocess", "--images", str(cases.images), "--annotations", str(cases.annotations), "--workers", "1"]
+    command += ["--workspace", str(cases.workspace.root), "--set", "data.size=32", "--skip-bad"]
+    with monkeypatch.context() as patch:
+        Opening(patch, "good.png", 1, failing(errno.EIO))
+        assert main(command) == 75
+    assert "Traceback" not in (said := capsys.readouterr().err) and "good.png: this machine could not read it" in said
+
+
+def test_a_directory_that_cannot_be_listed_for_a_moment_is_not_empty(cases, monkeypatch):
+    listing = Path.iterdir
+
+    def fail(directory):
+        yield from list(listing(directory))[:1]
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(directory))
+
+    for place in (cases.images, cases.annotations):
+        with monkeypatch.context() as patch, pytest.raises(StoppedEarly, match=f"{place}: this machine could not"):
+            patch.setattr(Path, "iterdir", lambda path, bad=place: fail(path) if path == bad else listing(path))
+            cases.run(skip_bad=True)
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_a_stop_while_a_file_is_read_makes_it_no_bad_one(cases, monkeypatch, skip_bad):
+    def stop(*_, **__):
+        raise StoppedEarly("stopped by SIGTERM")
+
+    for place, name in [(Image, "open"), (ImageFile.ImageFile, "load"), (Image.Image, "getexif")]:
+        with monkeypatch.context() as patch, pytest.raises(StoppedEarly, match="SIGTERM"):
+            patch.setattr(place, name, stop)
+            cases.run(skip_bad=skip_bad)
+        assert not [*cases.workspace.stores.glob("*")]
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_want_of_memory_makes_no_file_a_bad_one(cases, monkeypatch, skip_bad):
+    def want(*_, **__):
+        raise MemoryError
+
+    for name in ("read_labelme", "rasterise", "make_record"):
+        with monkeypatch.context() as patch, pytest.raises(StoppedEarly, match="Cannot allocate memory"):
+            patch.setattr(f"stas.preprocess.{name}", want)
+            cases.run(skip_bad=skip_bad)
+        assert not [*cases.workspace.stores.glob("*")]
+
+
+@pytest.mark.parametrize("gone", ["bad.json", "bad.png"])
+def test_a_file_that_disappears_is_not_left_out(cases, monkeypatch, gone):
+    """It may have been moved to a better name, or its volume may not be mounted."""
+    for after in range(READS):
+        cases.pair("bad")
+        with monkeypatch.context() as patch, pytest.raises(StoppedEarly, match=rf"{gone}: disappeared while"):
+            Opening(patch, gone, after, Path.unlink)
+            cases.run(skip_bad=True)
+        assert not [*cases.workspace.stores.glob("*")]
+
+
+def test_a_file_that_may_not_be_read_is_not_left_out(cases, monkeypatch):
+    cases.pair("bad")
+    for after in range(READS):
+        with monkeypatch.context() as patch, pytest.raises(UnreadableError, match="let this user read it"):
+            Opening(patch, "bad.png", after, failing(errno.EACCES))
+            cases.run(skip_bad=True)
+        assert not [*cases.workspace.stores.glob("*")]
+
+
+def test_a_store_made_without_bad_files_says_so_each_time(cases, caplog):
+    not_json(cases)
+    cases.run(skip_bad=True)
+    caplog.clear()
+    store = cases.run(skip_bad=True)
+    assert "1 files are left out" in caplog.text and "bad.json" in caplog.text
+    assert f"should any of them be readable by now: delete {store.directory}" in caplog.text
+
+
+def test_files_passed_over_because_of_their_suffix_are_counted_and_named(cases, caplog):
+    caplog.set_level("INFO")
+    cases.run()
+    assert "passed over" not in caplog.text
+    for number in range(30):
+        (cases.images / f"slide{number:02}.svs").touch()
+    (cases.annotations / "good.xml").touch()
+    (cases.annotations / "folder.old").mkdir()
+    cases.run()
+    lines = [line for line in caplog.messages if "passed over" in line]
+    assert lines[0].startswith(
+        f"{cases.images}: 30 files passed over because of their suffix: slide00.svs, slide01.svs"
+    )
+    assert lines[0].endswith("slide09.svs and 20 more")
+    assert lines[1:] == [f"{cases.annotations}: 1 files passed over because of their suffix: good.xml"]
+
+
+def test_annotations_beside_the_images_are_not_passed_over(cases, caplog):
+    caplog.set_level("INFO")
+    for path in cases.annotations.iterdir():
+        path.rename(cases.images / path.name)
+    preprocess([cases.images], [cases.images], cases.workspace, recipe().data, workers=1)
+    assert "passed over" not in caplog.text
+
+
+def test_one_image_under_two_names_on_both_sides_of_the_split_is_named(cases, caplog):
+    cases.run()
+    assert "under two names" not in caplog.text
+    for stem in "abcdefgh":  # a fraction of 0.2 holds out two of ten
+        cases.json(stem)
+        shutil.copy(cases.images / "good.png", cases.images / f"{stem}.png")
+    cases.run()
+    (line,) = [line for line in caplog.messages if "under two names" in line]
+    assert re.search(r"^[12] images are both trained on and held out.*: \w+ and \w+", line)
+
+
 def test_an_interrupt_leaves_nothing(cases, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
@@ -525,17 +685,21 @@ def test_real_pairs(real_data, tmp_path):
 
 
 def test_image_bytes_change_between_hash_and_decode(cases, monkeypatch):
-    real_open = Image.open
     changed = io.BytesIO()
     Image.new("RGB", (WIDTH, HEIGHT)).save(changed, "PNG")
 
-    def change_first(source, *arguments, **options):
-        if Path(source).name == "good.png":
-            Path(source).write_bytes(changed.getvalue())
-        return real_open(source, *arguments, **options)
+    def change_first(source, *arguments):
+        if source.name == "good.png":
+            source.write_bytes(changed.getvalue())
+        return real_read(source, *arguments)
 
-    monkeypatch.setattr(Image, "open", change_first)
-    assert "changed while being read: run the command again" in cases.problem().replace(". Remedy", "")
+    real_read = images.read_bounded
+    monkeypatch.setattr(images, "read_bounded", change_first)
+    for skip_bad in (False, True):
+        with pytest.raises(StoppedEarly, match=r"good.json: it .*changed while being read: run the command again"):
+            cases.run(skip_bad=skip_bad)
+        assert not any(cases.workspace.stores.iterdir())
+        changed.write(b"more")
 
 
 def test_members_that_differ_in_split_share_a_store(cases: Cases, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from stas.data.images import IMAGE_SUFFIXES, MAX_SIDE
-from stas.errors import InputDataError
-from stas.system.untrusted import parse_json, read_bounded, shown
+from stas.errors import InputDataError, UnreadableError
+from stas.system.untrusted import parse_json, read_bounded, refusal, shown, stop_if_passing
 
 # The fewest and the most points of each shape type.
 SHAPE_TYPES: dict[str, tuple[int, float]] = {
@@ -154,7 +154,7 @@ def find_image(annotation_path: Path, annotation: Annotation, images: Sequence[P
     for directory in images:
         for suffix in IMAGE_SUFFIXES:
             for name in (annotation_path.stem + suffix, annotation_path.stem + suffix.upper()):
-                if (directory / name).is_file():
+                if _is_file(directory / name):
                     return directory / name
     if annotation.image_path:
         written = annotation.image_path.replace("\\", "/")
@@ -257,7 +257,10 @@ def _embedded_image(path: Path, value: Any) -> bytes | None:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except (OSError, ValueError):  # an impossible file name
+    except (OSError, ValueError) as error:  # an impossible file name, if nothing worse
+        problem = refusal(path, error)
+        if isinstance(problem, UnreadableError):
+            raise problem from error
         return False
 
 
@@ -274,6 +277,6 @@ def _contained(base: Path, written: str, images: Sequence[Path]) -> Path | None:
             resolved = path.resolve()
             if any(resolved.is_relative_to(place) for place in within):
                 return path
-    except (OSError, ValueError, RuntimeError):  # an impossible file name, or a loop of links
-        pass
+    except (OSError, ValueError, RuntimeError) as error:  # an impossible file name, or a loop of links
+        stop_if_passing(base / written, error)
     return None

@@ -1,7 +1,9 @@
 """Read and write RGB images, masks and probabilities."""
 
 import io
+import logging
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +12,19 @@ from PIL import Image
 
 from stas.data.png import decode_grey, encode_mask
 from stas.errors import InputDataError
+from stas.paths import manifest_file
 from stas.system.files import atomic_write
-from stas.system.untrusted import check_file, read_bounded
+from stas.system.publish import BYSTANDERS, named
+from stas.system.untrusted import check_file, read_bounded, refusal, stop_if_passing
+
+log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 # The formats that Pillow may detect, whatever the suffix: of the others, EPS would hand the file to an interpreter.
 _FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")
 # Anything larger is a decompression bomb, not a micrograph. Reading takes up to 20 bytes a pixel: 2.5 GiB.
 MAX_PIXELS = 128 * 1024 * 1024
+PIXEL_BYTES = 20
 MAX_SIDE = 65_535  # pixels, the maximum of JPEG; resizing a strip of a hundred million takes minutes
 MAX_IMAGE_BYTES = 512 * 1024 * 1024  # of the file
 MAX_SCANS = 200  # a progressive JPEG normally has 10; each empty one takes as long as a whole image
@@ -35,10 +42,22 @@ _UPRIGHT = {
 }
 SAME_NAME = " (ignoring case and how accents are encoded)"
 _EIGHT_BIT_MODES = ("RGB", "L", "P", "1", "CMYK", "YCbCr", "RGBA", "LA")
+_BITS, _SAMPLE_FORMAT = 258, 339  # tags of TIFF
 
 
-def list_images(directory: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> dict[str, Path]:
-    """The images of a directory by stem, sorted by stem.
+def list_images(
+    directory: Path,
+    suffixes: tuple[str, ...] = IMAGE_SUFFIXES,
+    others: tuple[str, ...] = (),
+    may_be_empty: bool = False,
+) -> dict[str, Path]:
+    """The images of a directory by stem, sorted by stem. Logs which files were passed over because of their suffix.
+
+    Args:
+        directory: the directory; those inside it are not searched.
+        suffixes: of the images, in lower case.
+        others: suffixes of files that belong there too and are not mentioned.
+        may_be_empty: whether there may be no image.
 
     Raises:
         InputDataError: the directory is missing or has no image, two images have the same stem, or stems that differ
@@ -48,9 +67,7 @@ def list_images(directory: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> 
         raise InputDataError(f"{directory}: not a directory; name the directory that contains the images")
     found: dict[str, Path] = {}
     folded: dict[str, Path] = {}
-    for path in sorted(directory.iterdir()):
-        if path.suffix.lower() not in suffixes or path.name.startswith("."):
-            continue
+    for path in list_files(directory, suffixes, others):
         check_stem(path)
         other = folded.setdefault(fold(path.stem), path)
         if other != path:
@@ -60,9 +77,26 @@ def list_images(directory: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> 
                 "which names their masks: rename one"
             )
         found[path.stem] = path
-    if not found:
+    if not found and not may_be_empty:
         raise InputDataError(f"{directory}: no image in it (looked for {' '.join(suffixes)})")
     return dict(sorted(found.items()))
+
+
+def list_files(directory: Path, suffixes: Iterable[str], others: Iterable[str] = ()) -> list[Path]:
+    """The files of a directory with these suffixes, sorted by name; logs which others it passed over.
+
+    Hidden files are ignored. `others` are suffixes of files that are not mentioned.
+    """
+    silent = {*BYSTANDERS, manifest_file(directory).name}
+    try:
+        visible = sorted(path for path in directory.iterdir() if not path.name.startswith("."))
+        unknown = [path for path in visible if path.suffix.lower() not in {*suffixes, *others}]
+        over = [path.name for path in unknown if path.name not in silent and path.is_file()]
+    except OSError as error:
+        raise refusal(directory, error) from error
+    if over:
+        log.info("%s: %d files passed over because of their suffix: %s", directory, len(over), named(over))
+    return [path for path in visible if path.suffix.lower() in suffixes]
 
 
 def fold(stem: str) -> str:
@@ -91,7 +125,7 @@ def check_stem(path: Path) -> None:
 def read_image(source: Path | bytes) -> NDArray[np.uint8]:
     """Read an image as LabelMe shows it: with EXIF orientation applied and any 8-bit mode converted to RGB.
 
-    Transparency is dropped, not blended. 16-bit and floating-point images are refused.
+    Transparency is dropped, not blended. Images with more than 8 bits a channel, or signed ones, are refused.
 
     Args:
         source: a file, or its bytes.
@@ -101,6 +135,7 @@ def read_image(source: Path | bytes) -> NDArray[np.uint8]:
 
     Raises:
         InputDataError: missing, truncated, too large, or of a mode that is not 8-bit; names the file.
+        StoppedEarly: this machine could not read it for now, or has too little memory.
     """
     image = _open(source)
     if image.mode not in _EIGHT_BIT_MODES:
@@ -126,15 +161,18 @@ def grey_size(path: Path) -> tuple[int, int]:
 def read_grey(path: Path) -> NDArray[np.uint8] | NDArray[np.uint16]:
     """Read a single-channel PNG from any program, values unchanged: (height, width), uint8 or uint16.
 
-    Modes 1, L, P, RGB, LA and RGBA become 8-bit luminance (transparency ignored); 16-bit grey stays 16-bit.
+    Modes 1, L, P, RGB, LA and RGBA become 8-bit luminance (transparency ignored); 16-bit grey stays 16-bit, without a
+    second channel.
 
     Raises:
-        InputDataError: missing, damaged, too large, not a PNG, or with values that 16 bits cannot hold; names the file.
+        InputDataError: missing, damaged, too large, not a PNG, or with values that cannot be kept; names the file.
+        StoppedEarly: this machine could not read it for now, or has too little memory.
     """
-    plain = decode_grey(read_bounded(path, MAX_IMAGE_BYTES), MAX_PIXELS, MAX_SIDE)
+    content = read_bounded(path, MAX_IMAGE_BYTES)
+    plain = decode_grey(content, MAX_PIXELS, MAX_SIDE)
     if plain is not None:
         return plain
-    image = _open(path, formats=("PNG",))
+    image = _open(content, formats=("PNG",), name=str(path))
     if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
         values = np.asarray(image)
         if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
@@ -192,37 +230,82 @@ def write_probability(path: Path, probability: NDArray[np.float32], synced: bool
         Image.fromarray(scaled).save(file, "PNG", compress_level=1)
 
 
-def _open(source: Path | bytes, decode: bool = True, formats: tuple[str, ...] = _FORMATS) -> Image.Image:
-    name = _name(source)
-    if isinstance(source, Path):
+def _open(
+    source: Path | bytes, decode: bool = True, formats: tuple[str, ...] = _FORMATS, name: str | None = None
+) -> Image.Image:
+    """Open an image, and decode it unless only its header is wanted.
+
+    What fails is tried again, in memory that suffices for an intact image: libraries say "damaged" for want of it.
+    """
+    name = name or _name(source)
+    if isinstance(source, Path) and not decode:
         check_file(source, MAX_IMAGE_BYTES)
+    elif isinstance(source, Path):  # libtiff would read the file itself and hide the disk's errors
+        source = read_bounded(source, MAX_IMAGE_BYTES)
+    for attempt in (1, 2):
+        image = None
+        try:
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
+            _check_form(image, name)
+            if isinstance(source, bytes) and decode:
+                _check_scans(source, image, name)
+                image.load()
+            return image
+        except InputDataError:
+            raise
+        except Exception as error:  # Pillow has many types for damaged files: OSError, SyntaxError, struct.error, ...
+            if isinstance(error, OSError):
+                stop_if_passing(name, error)
+            if attempt == 2:
+                raise InputDataError(f"{name}: not readable as an image ({error}): export it again") from error
+        pixels = image.width * image.height if image else 0
+        del image
+        _check_memory(pixels, name)
+    raise AssertionError("the second attempt returns or raises")
+
+
+def _check_form(image: Image.Image, name: str) -> None:
+    """Refuse an image by its header: its size, or channels that Pillow would cut to 8 bits."""
+    width, height = image.size
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        raise InputDataError(
+            f"{name}: {width} x {height} pixels, more than {MAX_PIXELS} or than {MAX_SIDE} a side: cut it into tiles"
+        )
+    if min(width, height) < 1:
+        raise InputDataError(f"{name}: {width} x {height} pixels, so it is empty: export it again")
+    if image.mode not in _EIGHT_BIT_MODES:
+        return  # Pillow keeps these as they are
+    bits, signed = _channel(image)
+    if bits > 8 or signed:
+        kind = "signed" if signed else f"{bits}-bit"
+        raise InputDataError(f"{name}: its channels are {kind}, not unsigned 8-bit: convert it to 8-bit RGB or grey")
+
+
+def _channel(image: Image.Image) -> tuple[int, bool]:
+    """The bits of a channel in the file, and whether its values are signed or fractions."""
+    if image.format == "TIFF":
+        tags = getattr(image, "tag_v2", {})
+        formats = tags.get(_SAMPLE_FORMAT, (1,))
+        return max(tags.get(_BITS, (1,))), any(form not in (1, 4) for form in formats)  # 4: undefined
+    tile = getattr(image, "tile", None)  # how Pillow will decode the pixels
+    return (16 if image.format == "PNG" and tile and str(tile[0][3]).endswith(";16B") else 8), False
+
+
+def _check_memory(pixels: int, name: str) -> None:
+    """Stop unless this process can get the memory that an intact image of this many pixels takes."""
     try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
-        width, height = image.size
-        if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-            raise InputDataError(
-                f"{name}: {width} x {height} pixels, more than {MAX_PIXELS} or than {MAX_SIDE} a side: "
-                "cut it into tiles"
-            )
-        if min(width, height) < 1:
-            raise InputDataError(f"{name}: {width} x {height} pixels, so it is empty: export it again")
-        if decode:
-            _check_scans(source, image)
-            image.load()
-    except InputDataError:
-        raise
-    except Exception as error:  # Pillow raises many types for damaged files: OSError, SyntaxError, struct.error, ...
-        raise InputDataError(f"{name}: not readable as an image ({error}): export it again") from error
-    return image
+        np.empty(pixels * PIXEL_BYTES + (64 << 20), np.uint8)
+    except MemoryError as error:
+        stop_if_passing(name, error)
 
 
-def _check_scans(source: Path | bytes, image: Image.Image) -> None:
+def _check_scans(content: bytes, image: Image.Image, name: str) -> None:
     """Refuse a JPEG with too many scans. Their markers cannot occur within compressed data, so they can be counted."""
     if image.format not in ("JPEG", "MPO"):
         return
-    scans = (source if isinstance(source, bytes) else source.read_bytes()).count(b"\xff\xda")
+    scans = content.count(b"\xff\xda")
     if scans > MAX_SCANS:
-        raise InputDataError(f"{_name(source)}: a JPEG with {scans} scans, more than {MAX_SCANS}: export it again")
+        raise InputDataError(f"{name}: a JPEG with {scans} scans, more than {MAX_SCANS}: export it again")
 
 
 def _orientation(source: Path | bytes, image: Image.Image) -> int:
@@ -230,6 +313,7 @@ def _orientation(source: Path | bytes, image: Image.Image) -> int:
     try:
         value = image.getexif().get(0x0112, 1)
     except Exception as error:  # as many types as for damaged images
+        stop_if_passing(_name(source), error)
         raise InputDataError(
             f"{_name(source)}: its EXIF data are not readable ({error}), so its orientation is unknown: export it again"
         ) from error

@@ -2,24 +2,24 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 
 from stas.data.annotations import MAX_FILE_BYTES, Annotation, find_image, read_labelme
-from stas.data.images import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, SAME_NAME, check_stem, fold, list_images
+from stas.data.images import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, SAME_NAME, check_stem, fold, list_files, list_images
 from stas.data.store_manifest import Skipped
 from stas.data.store_spec import StoreSpec
-from stas.errors import InputDataError
+from stas.errors import InputDataError, StoppedEarly, UnreadableError
+from stas.paths import manifest_file
 from stas.system.files import sha256
-from stas.system.publish import FORMATS
+from stas.system.publish import FORMATS, read_manifest
 from stas.system.resources import cores
-from stas.system.threads import bar
-from stas.system.untrusted import check_file, shown
+from stas.system.threads import bar, map_ahead
+from stas.system.untrusted import check_file, refusal, shown, stop_if_passing
 
-AT_ONCE = 1000  # files handed to threads at a time: each waiting one takes 2 KiB
+ANNOTATION_SUFFIXES = (".json", ".png")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +49,19 @@ def find_pairs(images: Sequence[Path], annotations: Sequence[Path]) -> tuple[lis
         The pairs sorted by stem, and the files that have no partner or cannot be read.
 
     Raises:
-        InputDataError: a directory is missing, there is no annotation, or two directories contain the same stem.
+        InputDataError: a directory is missing, there is no annotation, two directories contain the same stem, or this
+            user may not read a file.
+        StoppedEarly: this machine could not read a file for now, or a file has just been removed.
     """
-    image_files = _by_stem(images, _list_pictures)
-    annotation_files, double = _list_annotations(annotations, {directory.resolve() for directory in images})
+    image_places, annotation_places = ({_resolved(place) for place in places} for places in (images, annotations))
+    image_files = _by_stem(
+        images,
+        # It may have none, because images can be embedded in the annotations.
+        lambda place: list_images(
+            place, others=ANNOTATION_SUFFIXES if _resolved(place) in annotation_places else (), may_be_empty=True
+        ),
+    )
+    annotation_files, double = _list_annotations(annotations, image_places)
     if not annotation_files and not double:
         where = ", ".join(map(str, annotations))
         raise InputDataError(f"{where}: no annotation in it: name the directory with LabelMe JSON files or mask PNGs")
@@ -60,14 +69,11 @@ def find_pairs(images: Sequence[Path], annotations: Sequence[Path]) -> tuple[lis
     def resolve(stem: str) -> Pair | Skipped:
         try:
             return _pair(annotation_files[stem], image_files.get(stem), images)
-        except (InputDataError, OSError) as error:
-            return skipped(annotation_files[stem], error)
+        except (InputDataError, OSError, MemoryError) as error:
+            return skipped(annotation_files[stem], error, image_files.get(stem))
 
-    with ThreadPoolExecutor(min(8, cores())) as threads:  # reading and hashing release the GIL
-        stems = list(annotation_files)
-        blocks = (stems[first : first + AT_ONCE] for first in range(0, len(stems), AT_ONCE))
-        results = chain.from_iterable(threads.map(resolve, block) for block in blocks)
-        found = list(bar(results, len(stems), "hash"))
+    # Reading and hashing release the GIL.
+    found = list(bar(map_ahead(resolve, annotation_files, min(8, cores())), len(annotation_files), "hash"))
     pairs, twice = _one_annotation_each([pair for pair in found if isinstance(pair, Pair)])
     bad = [*double.values(), *(entry for entry in found if not isinstance(entry, Pair)), *twice]
     used = {_resolved(pair.image) for pair in pairs if pair.image}
@@ -100,14 +106,42 @@ def pair_hashes(annotation: Path, image: Path | None, content: Annotation | None
     return sha256(annotation), hashlib.sha256(content.image_data).hexdigest()
 
 
-def skipped(file: Path, error: Exception) -> Skipped:
-    """Turn an error into a manifest's entry. Messages of InputDataError read 'file: reason: remedy'."""
-    reason, remedy = f"not readable ({error})", "check its permissions and its disk"
-    if isinstance(error, InputDataError):
-        reason, _, remedy = str(error).removeprefix(f"{file}: ").rpartition(": ")
+def skipped(file: Path, error: Exception, *others: Path | None) -> Skipped:
+    """Turn an error into a manifest's entry, if a file is at fault. Messages read 'file: reason: remedy'.
+
+    Args:
+        file: the file at fault.
+        error: the error in reading it or `others`.
+        others: files that were read with it.
+
+    Raises:
+        StoppedEarly: the fault may pass: the machine's, or a file has just been removed.
+        UnreadableError: this user may not read the file, so nothing is known about it.
+    """
+    stop_if_passing(file, error)
+    stop_if_gone(file, *others)
+    if isinstance(error, OSError):
+        error = refusal(file, error)
+    if isinstance(error, UnreadableError):
+        raise error
+    reason, _, remedy = str(error).removeprefix(f"{file}: ").rpartition(": ")
     # JSON cannot contain a name that is not UTF-8, and a reason may quote another file's name.
     name, reason = (text.encode(errors="backslashreplace").decode() for text in (str(file), reason))
     return Skipped(file=name, reason=reason, remedy=remedy)
+
+
+def stop_if_gone(*files: Path | None) -> None:
+    """Stop if a file that was listed is no longer there. A link that leads nowhere is there.
+
+    Raises:
+        StoppedEarly: names the file.
+    """
+    for file in files:
+        if file is not None and not os.path.lexists(file):
+            raise StoppedEarly(
+                f"{file}: disappeared while the data set was being read: run the same command again once nothing "
+                "changes there and the volume is mounted"
+            )
 
 
 def _pair(annotation: Path, image: Path | None, images: Sequence[Path]) -> Pair:
@@ -146,7 +180,8 @@ def _resolved(path: Path) -> Path:
     """The path with its links followed; unchanged if they form a loop."""
     try:
         return path.resolve()
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError) as error:
+        stop_if_passing(path, error)
         return path
 
 
@@ -166,13 +201,6 @@ def _one_annotation_each(found: Sequence[Pair]) -> tuple[list[Pair], list[Skippe
     return sorted(pairs, key=lambda pair: pair.stem), bad
 
 
-def _list_pictures(directory: Path) -> dict[str, Path]:
-    """The images of a directory. It may have none, because images can be embedded in the annotations."""
-    if directory.is_dir() and not any(path.suffix.lower() in IMAGE_SUFFIXES for path in directory.iterdir()):
-        return {}
-    return list_images(directory)
-
-
 def _list_annotations(directories: Sequence[Path], images: set[Path]) -> tuple[dict[str, Path], dict[str, Skipped]]:
     """The annotations sorted by stem, and separately those whose stem has two kinds of annotation."""
     bad: dict[str, Skipped] = {}
@@ -180,11 +208,13 @@ def _list_annotations(directories: Sequence[Path], images: set[Path]) -> tuple[d
     def listing(directory: Path) -> dict[str, Path]:
         if not directory.is_dir():
             raise InputDataError(f"{directory}: not a directory: name the directory that contains the annotations")
-        suffixes = (".json",) if directory.resolve() in images else (".json", ".png")
+        suffixes, others = ANNOTATION_SUFFIXES, ()
+        if _resolved(directory) in images:
+            suffixes, others = (".json",), IMAGE_SUFFIXES
         found: dict[str, Path] = {}
         folded: dict[str, Path] = {}
-        for path in sorted(directory.iterdir()):
-            if path.suffix.lower() not in suffixes or path.name.startswith("."):
+        for path in list_files(directory, suffixes, others):
+            if path == manifest_file(directory) and _is_published(directory):
                 continue
             other = folded.setdefault(fold(path.stem), path)
             if other != path:
@@ -199,11 +229,19 @@ def _list_annotations(directories: Sequence[Path], images: set[Path]) -> tuple[d
     return {stem: files[stem] for stem in sorted(files) if stem not in bad}, bad
 
 
+def _is_published(directory: Path) -> bool:
+    """Whether a directory's manifest.json is that of masks made by stas, not an annotation of manifest.png."""
+    try:
+        return bool(read_manifest(directory, *FORMATS))
+    except InputDataError:
+        return False
+
+
 def _by_stem(directories: Sequence[Path], listing: Callable[[Path], dict[str, Path]]) -> dict[str, Path]:
     """The files of several directories by stem."""
     files: dict[str, Path] = {}
     folded: dict[str, Path] = {}
-    for directory in {directory.resolve(): directory for directory in directories}.values():
+    for directory in {_resolved(directory): directory for directory in directories}.values():
         before = dict(folded)
         for stem, path in listing(directory).items():
             if other := before.get(fold(stem)):

@@ -5,13 +5,17 @@ generator, and adding a sample moves few of the others.
 """
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from stas.config import Split
 from stas.data.store import Sample
 from stas.errors import UsageError
+from stas.system.publish import named
 from stas.system.untrusted import read_bounded, shown
+
+log = logging.getLogger(__name__)
 
 MAX_LIST_BYTES = 16 * 1024 * 1024
 
@@ -51,6 +55,23 @@ def split_samples(samples: Sequence[Sample], split: Split) -> tuple[list[int], l
             "use another split, e.g. --set data.split.kind=fraction"
         )
     return training, validation
+
+
+def warn_of_shared_images(samples: Sequence[Sample], training: Sequence[int], validation: Sequence[int]) -> None:
+    """Warn of the same image file under two stems, one trained on and one held out: its score would say too much.
+
+    Compares the files, so an image that was saved again, with other bytes, is not found.
+    """
+    trained = {samples[index]["image_sha256"]: samples[index]["stem"] for index in reversed(training)}
+    held_out = [(trained.get(samples[index]["image_sha256"]), samples[index]["stem"]) for index in validation]
+    shared = [f"{one} and {other}" for one, other in held_out if one]
+    if shared:
+        log.warning(
+            "%d images are both trained on and held out, as the same file under two names (training and validation): "
+            "%s. Scores on them say nothing: remove one of each, or move them to one side with data.split.kind=list",
+            len(shared),
+            named(shared),
+        )
 
 
 def _fold(samples: Sequence[Sample], split: Split) -> set[int]:

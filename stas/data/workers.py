@@ -1,14 +1,17 @@
 """Make samples in several processes. Pixels return through shared memory: a pipe would take 5 ms per sample."""
 
 import multiprocessing
+import os
 import shutil
 import signal
 import tempfile
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from ctypes import Array
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +20,7 @@ from numpy.typing import NDArray
 
 from stas.data.store_manifest import Sample, Skipped
 from stas.data.store_writer import Record
-from stas.errors import InputDataError, UsageError
+from stas.errors import EXIT_FAILED, StoppedEarly, UsageError
 from stas.system.resources import keep_freed_memory
 
 Item = TypeVar("Item")
@@ -38,7 +41,7 @@ def records(
         The results. Arrays are reused: copy before asking for the next item.
 
     Raises:
-        InputDataError: a worker was killed.
+        StoppedEarly: a worker was killed.
         UsageError: not enough shared memory for this many workers.
     """
     if workers == 1:
@@ -73,8 +76,9 @@ def records(
         while waiting:
             yield first()
     except BrokenProcessPool as error:
-        raise InputDataError(
-            "a worker process was killed, probably because memory ran out: use fewer workers (--workers)"
+        raise StoppedEarly(
+            "a worker process was killed, probably because memory ran out: use fewer workers (--workers), or give this "
+            "job more memory, and run the same command again"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -105,9 +109,23 @@ _own: list[NDArray[np.uint8]] = []  # in a worker process: the places it may wri
 
 
 def _prepare(shared: "Array[Any]", each: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers
+    # A terminal, Slurm and docker signal every process; the parent stops the workers, and `_end_with_parent` them too.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     keep_freed_memory()
     _own[:] = _places(shared, each)
+
+
+def _end_with_parent() -> None:
+    """Exit at once when the parent is gone, even if it was killed: a worker would wait for tasks for ever.
+
+    Not by the kernel's PR_SET_PDEATHSIG: the process that forked this one is the fork server, which outlives us.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(EXIT_FAILED)
 
 
 def _make(make: Callable[[Item], Record | Skipped], item: Item, place: int) -> tuple[Sample, bytes] | Skipped:

@@ -21,13 +21,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from stas.errors import InputDataError, UsageError
+from stas.errors import InputDataError, StoppedEarly, UsageError
 from stas.models.checksum import CHECKSUM_BYTES, MAX_BYTES
 from stas.paths import RunPaths
 from stas.system import files
 from stas.system.files import atomic_write
 from stas.system.locks import Lock
-from stas.system.untrusted import check_file, parse_json
+from stas.system.untrusted import check_file, parse_json, stop_if_passing
 
 log = logging.getLogger(__name__)
 FORMAT = 4
@@ -159,7 +159,7 @@ class CheckpointWriter:
         """Wait for the write. Raise its error, or only log it if another exception is already propagating."""
         try:
             self.wait()
-        except Exception as error:
+        except (Exception, StoppedEarly) as error:
             if kind is None:
                 raise
             log.error("%s: the last checkpoint was not written: %s", self._run.root, error)
@@ -212,6 +212,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except InputDataError:
         raise
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, OSError) as error:
+        if "allocate memory" in str(error):  # torch's RuntimeError says nothing about the file
+            stop_if_passing(path, MemoryError())
         raise InputDataError(
             f"{path}: not a readable checkpoint of stas ({error}): use another, or train again"
         ) from error

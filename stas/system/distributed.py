@@ -58,7 +58,7 @@ def join_ranks(device: str = "auto") -> Iterator[Ranks]:
     try:
         yield Ranks(rank, size, chosen)
     except Exception as error:
-        if size > 1 and not isinstance(error, StoppedEarly):
+        if size > 1:
             log.error("rank %d of %d: %s: %s", rank, size, type(error).__name__, error)
             if status := status_file():  # now: destroying the group below may wait for ranks that wait for this one
                 status.write_text(str(EXIT_FAILED))
@@ -94,20 +94,20 @@ def entered_by_first(ranks: Ranks, context: AbstractContextManager[T]) -> Iterat
         if ranks.first:
             try:
                 value = stack.enter_context(context)
-            except Exception as error:
+            except (Exception, StoppedEarly) as error:
                 failure = error
         _agree(failure, "start")
         yield value
         barrier()
         try:
             stack.close()
-        except Exception as error:
+        except (Exception, StoppedEarly) as error:
             failure = error
         # The others must not end before the first has published, and must learn if it could not.
         _agree(failure, "finish")
 
 
-def _agree(failure: Exception | None, what: str) -> None:
+def _agree(failure: BaseException | None, what: str) -> None:
     """Raise the first rank's failure there, and StoppedEarly on the others, once all ranks know of it."""
     failed = any_rank(failure is not None)[0]
     if failure:

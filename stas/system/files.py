@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from stas.errors import InputDataError
-from stas.system.untrusted import MAX_JSON_BYTES, check_file, parse_json, read_bounded
+from stas.system.untrusted import MAX_JSON_BYTES, check_file, parse_json, read_bounded, refusal
 
 SYNCED_AT_ONCE = 16
 
@@ -163,10 +163,18 @@ def read_json(path: Path) -> Any:
 
 
 def sha256(path: Path, most: int = sys.maxsize) -> str:
-    """The file's SHA-256 in hexadecimal; raise InputDataError unless it is a regular file of at most `most` bytes."""
+    """The file's SHA-256 in hexadecimal.
+
+    Raises:
+        InputDataError: not a regular file of at most `most` bytes.
+        StoppedEarly: this machine could not read it for now (see `stop_if_passing`).
+    """
     check_file(path, most)
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise refusal(path, error) from error
     return digest.hexdigest()

@@ -35,9 +35,9 @@ log = logging.getLogger(__name__)
 SHOWN = 10  # cases named in a message; more would bury the rest of it
 BYSTANDERS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # left by file browsers in any directory they show
 
-Kind = Literal["store", "prediction set", "vote", "evaluation"]
+Kind = Literal["store", "prediction set", "vote", "evaluation", "mask set"]
 # Raise the number when older directories of this kind can no longer be read.
-FORMATS: dict[Kind, int] = {"store": 2, "prediction set": 2, "vote": 2, "evaluation": 2}
+FORMATS: dict[Kind, int] = {"store": 2, "prediction set": 2, "vote": 2, "evaluation": 2, "mask set": 1}
 
 
 @dataclass(frozen=True)

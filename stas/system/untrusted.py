@@ -4,7 +4,9 @@ The readers of JSON, YAML, images, stores and checkpoints use these functions, s
 unbounded memory before it has been checked.
 """
 
+import errno
 import json
+import os
 import reprlib
 import stat
 from pathlib import Path
@@ -12,12 +14,25 @@ from typing import Any
 
 import yaml
 
-from stas.errors import InputDataError
+from stas.errors import InputDataError, StoppedEarly, UnreadableError
 
 # Parsing takes up to 150 bytes per bracket, comma and colon: 1 GiB. A polygon of 10^6 points has 3 million.
 MAX_JSON_VALUES = 7_000_000
 MAX_JSON_BYTES = 256 * 1024 * 1024  # a manifest has half a kilobyte per sample
 MAX_YAML_BYTES = 64 * 1024  # a recipe has one or two kilobytes; PyYAML takes a second for 64
+
+# True of the file or its name, whatever machine reads it. Any other error is a trouble of this machine and may pass.
+_OF_THE_FILE = {
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.ENXIO,
+    errno.ENODEV, errno.EFBIG, errno.EOVERFLOW,
+}  # fmt: skip
+_FORBIDDEN = {errno.EACCES, errno.EPERM}
+_REMEDIES = {
+    errno.ENOMEM: "give it more memory, or use fewer workers",
+    errno.EMFILE: "raise the limit on open files (ulimit -n), or use fewer workers",
+    errno.ENFILE: "close other programs, because this machine has too many files open",
+    errno.ESTALE: "mount the volume again",
+}
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
@@ -30,11 +45,12 @@ def check_file(path: Path, most: int) -> int:
 
     Raises:
         InputDataError: not a regular file, missing, or larger than `most` bytes.
+        StoppedEarly: this machine could not look at it for now (see `stop_if_passing`).
     """
     try:
         found = path.stat()
     except (OSError, ValueError) as error:  # ValueError: an impossible file name
-        raise InputDataError(f"{path}: not readable ({error}): check its name and permissions") from error
+        raise refusal(path, error) from error
     if not stat.S_ISREG(found.st_mode):
         raise InputDataError(f"{path}: not readable, because it is not a regular file: move it out of the directory")
     if found.st_size > most:
@@ -47,6 +63,7 @@ def read_bounded(path: Path, most: int) -> bytes:
 
     Raises:
         InputDataError: see `check_file`, or not readable.
+        StoppedEarly: this machine could not read it for now (see `stop_if_passing`).
     """
     size = check_file(path, most)
     try:
@@ -55,10 +72,38 @@ def read_bounded(path: Path, most: int) -> bytes:
             if len(content) > size:  # it has grown since it was checked
                 content += file.read(most + 1 - len(content))
     except OSError as error:
-        raise InputDataError(f"{path}: not readable ({error}): check its permissions and its disk") from error
+        raise refusal(path, error) from error
     if len(content) > most:
         raise InputDataError(f"{path}: more than {most} bytes: use a smaller file")
     return content
+
+
+def refusal(path: Path, error: OSError | ValueError) -> InputDataError:
+    """The error to raise because a file cannot be opened or read; UnreadableError if this user may not.
+
+    Raises:
+        StoppedEarly: the fault is not the file's (see `stop_if_passing`).
+    """
+    stop_if_passing(path, error)
+    if isinstance(error, OSError) and error.errno in _FORBIDDEN:
+        return UnreadableError(f"{path}: not readable ({error}): let this user read it, or move it away")
+    return InputDataError(f"{path}: not readable ({error}): check its name and permissions")
+
+
+def stop_if_passing(path: Path | str, error: BaseException) -> None:
+    """Stop if an error may pass, such as a failing disk or want of memory: it does not make the file a bad one.
+
+    Raises:
+        StoppedEarly: names file, error and remedy.
+    """
+    number = errno.ENOMEM if isinstance(error, MemoryError) else error.errno if isinstance(error, OSError) else None
+    if number is None or number in _OF_THE_FILE or number in _FORBIDDEN:
+        return
+    remedy = _REMEDIES.get(number, "check the disk, its network and the kernel log")
+    raise StoppedEarly(
+        f"{path}: this machine could not read it ({os.strerror(number)}), so nothing is known about the file: "
+        f"{remedy}. Run the same command again; if only this file fails, restore it or move it away"
+    ) from error
 
 
 def parse_json(content: bytes) -> Any:

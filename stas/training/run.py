@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from stas.config import Recipe, Train
-from stas.data.split import split_samples
+from stas.data.split import split_samples, warn_of_shared_images
 from stas.data.store import Store, open_store
 from stas.errors import StoppedEarly, UsageError
 from stas.models.checkpoint import fitting, load_newest, restore_optimizer
@@ -138,6 +138,8 @@ def set_up(
     training, validation = split_samples(store.samples, recipe.data.split)
     with fitting(paths.root):
         check_same_split(paths, saved and saved.metadata, store, validation)
+    if ranks.first:
+        warn_of_shared_images(store.samples, training, validation)
     torch.manual_seed(recipe.train.seed)
     network = build_network(recipe.model, recipe.data.size, pretrained=saved is None, turned=recipe.infer.tta)
     check_batch(network, recipe.model, recipe.data.size, ranks.share(recipe.train.batch))

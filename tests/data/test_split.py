@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from stas.config import Split
-from stas.data.split import split_samples
+from stas.data.split import split_samples, warn_of_shared_images
 from stas.data.store import Sample
 from stas.errors import UsageError
 
@@ -106,3 +106,16 @@ def test_an_empty_side_is_refused_with_numbers_and_remedy(count, split, words):
         split_samples(samples(count), split)
     assert words in str(caught.value)
     assert "--set data.split.kind=fraction" in str(caught.value)
+
+
+def test_one_image_on_both_sides_is_named_and_others_are_not(caplog):
+    given = samples(40)
+    for index, sample in enumerate(given):
+        sample["image_sha256"] = f"{index % 25}"  # 25 to 39 are 0 to 14 again
+    warn_of_shared_images(given, [*range(25)], [*range(25, 40)])
+    assert "15 images are both trained on and held out" in caplog.text
+    assert "s0000 and s0025, s0001 and s0026" in caplog.text
+    assert "s0009 and s0034 and 5 more" in caplog.text
+    caplog.clear()
+    warn_of_shared_images(given, [0, 25, 1, 26], [2, 27, 3])  # twice, but on one side
+    assert not caplog.text

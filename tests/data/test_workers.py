@@ -1,5 +1,9 @@
 import os
+import signal
+import subprocess
+import sys
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -8,7 +12,8 @@ from stas.data.store_manifest import Sample, Skipped
 from stas.data.store_spec import StoreSpec
 from stas.data.store_writer import Record, Source, make_record
 from stas.data.workers import records
-from stas.errors import InputDataError, UsageError
+from stas.errors import StoppedEarly, UsageError
+from tests.support.launch import PATIENCE
 
 SIZE = (4, 6)
 SPEC = StoreSpec(("STAS",), SIZE)
@@ -65,7 +70,7 @@ def test_records_of_many_shapes_come_as_they_were_made():
 
 
 def test_a_killed_worker_is_explained():
-    with pytest.raises(InputDataError, match=r"a worker process was killed.*--workers"):
+    with pytest.raises(StoppedEarly, match=r"a worker process was killed.*--workers"):
         list(records(die, [1, 1], SIZE, 2))
 
 
@@ -82,3 +87,50 @@ def test_no_more_is_taken_than_is_needed():
     next(made)
     assert len(taken) <= 5
     made.close()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def stop(number: int) -> Record | Skipped:
+    raise StoppedEarly(f"the disk of {number} failed")
+
+
+def test_a_stop_in_a_worker_stops_the_parent():
+    with pytest.raises(StoppedEarly, match="the disk of 1 failed"):
+        list(records(stop, [1, 2], SIZE, 2))
+
+
+def signal_itself(number: int) -> Record | Skipped:
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
+        os.kill(os.getpid(), getattr(signal, name))
+    return make(number)
+
+
+def test_a_signal_to_every_process_of_a_job_is_left_to_the_parent():
+    made = [described(record) for record in records(signal_itself, range(4), SIZE, 2)]
+    assert made == [described(make(number)) for number in range(4)]
+
+
+def hang(number: int) -> Record | Skipped:
+    sys.stderr.write(f"{os.getpid()}\n")
+    sys.stderr.flush()
+    time.sleep(10 * PATIENCE)
+    return make(number)
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGHUP", "SIGTERM"])
+def test_workers_end_with_their_parent(name):
+    """All that held stderr are gone, the fork server and the resource tracker too: a pipe's reader sees its end."""
+    code = (
+        "from stas.data.workers import records; from tests.data.test_workers import SIZE, hang\n"
+        "list(records(hang, range(4), SIZE, 2))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    assert parent.stderr
+    workers = [int(parent.stderr.readline()) for _ in range(2)]
+    try:
+        parent.send_signal(getattr(signal, name))
+        parent.communicate(timeout=PATIENCE)  # until nobody can write to its stderr any more
+        assert parent.returncode == -getattr(signal, name)
+    finally:
+        for worker in workers:
+            with suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)

@@ -54,7 +54,7 @@ class Inline:
         future: Future[Any] = Future()
         try:
             future.set_result(function(*arguments))
-        except Exception as error:
+        except BaseException as error:
             future.set_exception(error)
         return future
 
