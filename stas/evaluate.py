@@ -20,6 +20,7 @@ from stas.results.metrics import bootstrap_interval, confusion, dice, iou, mean_
 from stas.results.predictions import Members, digest, list_members, log_graded
 from stas.results.sheets import Case, Picked, draw_overview, draw_sheet, pick_cases
 from stas.system.files import atomic_write, read_json, write_json, write_text
+from stas.system.printing import csv_cell, say
 from stas.system.publish import Output, building, check_replaceable, named, write_manifest
 from stas.system.threads import in_threads
 
@@ -102,9 +103,9 @@ def evaluate(
         raise InputDataError(
             f"{out / SUMMARY}: not a summary of scores ({error!r}): delete {out} and run the command again"
         ) from error
-    print(f"{text}\nscores: {out / 'scores.csv'}, {out / SUMMARY}")
+    say(f"{text}\nscores: {out / 'scores.csv'}, {out / SUMMARY}")
     if (out / "sheets.png").is_file():
-        print(f"pictures: {out / 'sheets.png'}, {out / 'sheets'}")
+        say(f"pictures: {out / 'sheets.png'}, {out / 'sheets'}")
     return summary
 
 
@@ -242,7 +243,7 @@ def _csv(listed: Members, counts: NDArray[np.int64]) -> str:
     for index, (stem, size) in enumerate(listed.sizes.items()):
         for name, row in zip(listed.names, counts[:, index], strict=True):
             scores = [f"{score(row):.6f}" for score in SCORED.values()]
-            writer.writerow([stem, name, *size, *map(int, row), *scores])
+            writer.writerow([csv_cell(stem), csv_cell(name), *size, *map(int, row), *scores])
     return text.getvalue()
 
 

@@ -25,6 +25,7 @@ from stas.errors import InputDataError, UsageError
 from stas.paths import Workspace, lock_file, mask_file
 from stas.system.files import remove_leftovers
 from stas.system.locks import lock
+from stas.system.printing import say
 from stas.system.resources import cores
 from stas.system.threads import bar
 
@@ -229,9 +230,9 @@ def _holds(path: Path, mask: NDArray[np.bool_]) -> bool:
 def _report(store: Store) -> None:
     """Print what the store holds."""
     shares = np.array([100 * sample["area"] / (sample["height"] * sample["width"]) for sample in store.samples])
-    print(f"store  {store.directory}")
-    print(f"       {len(store)} samples of {store.spec}, {len(store.skipped)} left out")
-    print(
+    say(f"store  {store.directory}")
+    say(f"       {len(store)} samples of {store.spec}, {len(store.skipped)} left out")
+    say(
         f"       foreground {shares.min():.2f} to {shares.max():.2f} % of an image, median {np.median(shares):.2f} %; "
         f"{np.count_nonzero(shares == 0)} without any"
     )
@@ -241,4 +242,4 @@ def _report_split(store: Store, split: Split) -> None:
     """Print how a split divides the samples; refuse one that does not fit them."""
     training, validation = split_samples(store.samples, split)
     fold = f" {split.fold} of {split.folds}" if split.kind == "kfold" else ""
-    print(f"split  {split.kind}{fold}: {len(training)} for training, {len(validation)} for validation")
+    say(f"split  {split.kind}{fold}: {len(training)} for training, {len(validation)} for validation")

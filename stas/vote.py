@@ -13,6 +13,7 @@ from stas.data.images import read_grey, read_member_mask, write_mask, write_prob
 from stas.ensemble import Ties
 from stas.errors import InputDataError, UsageError
 from stas.results.predictions import Member, list_members, log_graded, pixel_digest, write_set_manifest
+from stas.system.printing import say
 from stas.system.publish import Output, building, check_replaceable, named
 from stas.system.threads import in_threads
 
@@ -77,7 +78,7 @@ def vote(
         for name, count in zip(listed.names, graded.sum(axis=0), strict=True):
             log_graded(name, int(count), len(graded))
         write_set_manifest(partial, output, listed.label, listed.sizes, soft)
-    print(f"vote of {', '.join(listed.names)}: {len(graded)} masks in {out}")
+    say(f"vote of {', '.join(listed.names)}: {len(graded)} masks in {out}")
     return out
 
 
