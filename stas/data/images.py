@@ -107,7 +107,7 @@ def check_plain(annotation: Path, file: Path) -> None:
         return
     whose = "its name" if file == annotation else f"the name of its image {file}"
     if is_plain(file.name.encode(errors="ignore").decode()):
-        raise InputDataError(f"{annotation}: {whose} is not UTF-8: rename it")
+        raise InputDataError(f"{annotation}: {whose} is not UTF-8: rename it and its image")
     raise InputDataError(f"{annotation}: {whose} has line breaks or other control characters: rename it")
 
 
