@@ -1,9 +1,7 @@
 """The command line. Each stage's module is imported on demand, to keep --help fast."""
 
 import argparse
-import logging
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,9 +19,10 @@ from stas.errors import (
     TrainingError,
     UsageError,
 )
-from stas.paths import VOTE, Workspace, default_workspace, status_file
-from stas.system.files import disk_trouble
-from stas.system.resources import keep_freed_memory
+from stas.paths import VOTE, Workspace, check_given, default_workspace, status_file
+from stas.system import printing
+from stas.system.files import system_trouble
+from stas.system.resources import keep_freed_memory, memory_trouble
 
 if TYPE_CHECKING:  # loaded when a stage needs it
     from stas.config import Data
@@ -33,18 +32,29 @@ Command = Callable[[argparse.Namespace], int | None]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
+    printing.open_standard_streams()
+    try:
+        return _main(arguments)
+    finally:
+        printing.close_standard_streams()
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parser = build_parser()
     if "_ARGCOMPLETE" in os.environ:  # the shell is asking for completions
         import argcomplete
 
         argcomplete.autocomplete(parser)
     options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
-    logging.getLogger("stas").setLevel(logging.INFO)
+    printing.start_logging()
     keep_freed_memory()
     if status := status_file():
         status.touch()  # if this process dies, the launcher finds no exit code here
-    code = _run(COMMANDS[options.command], options)
+    try:
+        code = _run(COMMANDS[options.command], options)
+    except Exception:
+        printing.report_bug()
+        return EXIT_FAILED
     if status:
         status.write_text(str(code))
     return code
@@ -66,16 +76,18 @@ def _run(command: Command, options: argparse.Namespace) -> int:
         return _fail(error, EXIT_FAILED)
     except StoppedEarly as error:
         return _fail(error, EXIT_RESUMABLE)
-    except OSError as error:
-        if message := disk_trouble(error):
-            return _fail(message, EXIT_FAILED)
-        raise
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except Exception as error:
+        if message := memory_trouble(error):
+            return _fail(message, EXIT_FAILED)
+        if isinstance(error, OSError) and (trouble := system_trouble(error)):
+            return _fail(*trouble)
+        raise
 
 
 def _fail(error: BaseException | str, code: int) -> int:
-    print(f"stas: {error}", file=sys.stderr)
+    printing.complain(error)
     return code
 
 
@@ -205,20 +217,22 @@ def _evaluate(options: argparse.Namespace) -> None:
     )
 
 
-def _recipes(options: argparse.Namespace) -> None:
+def _recipes(options: argparse.Namespace) -> int:
     from stas.ensemble import ensemble_names, load_ensemble
     from stas.recipe import recipes
 
-    print(recipes())
+    lines = [recipes()]
     for name in ensemble_names():
         runs = load_ensemble(name).runs
-        print(f"ensemble {name}: {len(runs)} members: {', '.join(runs)}")
+        lines.append(f"ensemble {name}: {len(runs)} members: {', '.join(runs)}")
+    return EXIT_OK if printing.say("\n".join(lines)) else EXIT_FAILED
 
 
-def _members(options: argparse.Namespace) -> None:
+def _members(options: argparse.Namespace) -> int:
     from stas.ensemble import load_ensemble
 
-    print(*range(len(load_ensemble(options.name).members)))
+    numbers = range(len(load_ensemble(options.name).members))
+    return EXIT_OK if printing.say(" ".join(map(str, numbers))) else EXIT_FAILED
 
 
 def _weights_fetch(options: argparse.Namespace) -> None:
@@ -244,15 +258,19 @@ def _doctor(options: argparse.Namespace) -> int:
     from stas.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.set) if options.recipe else None
-    workspace = options.workspace or default_workspace()
-    return EXIT_OK if doctor(Path(workspace) if workspace else None, recipe) else EXIT_FAILED
+    return EXIT_OK if doctor(_workspace_root(options), recipe) else EXIT_FAILED
 
 
 def _workspace(options: argparse.Namespace) -> Workspace:
-    root = options.workspace or default_workspace()
-    if not root:
+    root = _workspace_root(options)
+    if root is None:
         raise UsageError("no workspace: give --workspace DIR or set STAS_WORKSPACE")
-    return Workspace(Path(root))
+    return Workspace(root)
+
+
+def _workspace_root(options: argparse.Namespace) -> Path | None:
+    named = default_workspace()
+    return options.workspace or (check_given(named) if named else None)
 
 
 def _member(options: argparse.Namespace) -> int:

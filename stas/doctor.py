@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from stas.config import Data, Recipe, Train
 from stas.errors import UsageError
+from stas.system.printing import say
 from stas.system.resources import GIB, cores, nvml, usage
 
 # Distribution and oldest version, as in pyproject.toml (a test compares them); None: a dependency of another.
@@ -92,14 +93,14 @@ def doctor(workspace: Path | None, recipe: Recipe | None) -> bool:
     ]
     counts = {"ok": 0, "warn": 0, "FAIL": 0}
     for title, look in parts:
-        print(title)
+        say(title)
         for finding in _guarded(title, look):
             counts[finding.status] += 1
-            print(_format(finding), flush=True)
-        print()
+            say(_format(finding))
+        say("")
     what = f"recipe {recipe.name}" if recipe else "stas"
     verdict = f"{what} cannot run here" if counts["FAIL"] else f"found nothing that keeps {what} from running here"
-    print(f"{counts['FAIL']} FAIL, {counts['warn']} warn: {verdict}")
+    say(f"{counts['FAIL']} FAIL, {counts['warn']} warn: {verdict}")
     return counts["FAIL"] == 0
 
 

@@ -24,6 +24,7 @@ from stas.results.provenance import check_unchanged, check_vote_of
 from stas.results.sheets import Case, Picked, draw_overview, draw_sheet, pick_cases
 from stas.results.truth import Truth, list_truth, read_truth, unknown_label
 from stas.system.files import atomic_write, read_json, sha256, write_json, write_text
+from stas.system.printing import csv_cell, say
 from stas.system.publish import Output, building, check_replaceable, write_manifest
 from stas.system.threads import in_threads
 
@@ -119,9 +120,9 @@ def evaluate(
         ) from error
     for warning in warnings:
         log.warning("%s", warning)
-    print(f"{text}\nscores: {out / 'scores.csv'}, {out / SUMMARY}")
+    say(f"{text}\nscores: {out / 'scores.csv'}, {out / SUMMARY}")
     if (out / "sheets.png").is_file():
-        print(f"pictures: {out / 'sheets.png'}, {out / 'sheets'}")
+        say(f"pictures: {out / 'sheets.png'}, {out / 'sheets'}")
     return summary
 
 
@@ -257,7 +258,7 @@ def _csv(listed: Members, counts: NDArray[np.int64]) -> str:
     for index, (stem, size) in enumerate(listed.sizes.items()):
         for name, row in zip(listed.names, counts[:, index], strict=True):
             scores = [f"{score(row):.6f}" for score in SCORED.values()]
-            writer.writerow([stem, name, *size, *map(int, row), *scores])
+            writer.writerow([csv_cell(stem), csv_cell(name), *size, *map(int, row), *scores])
     return text.getvalue()
 
 

@@ -6,7 +6,6 @@ torchrun is started only here. It hides its workers' exit codes, so every rank l
 import logging
 import os
 import signal
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -26,6 +25,7 @@ from stas.errors import (
     UsageError,
 )
 from stas.paths import STATUS_DIRECTORY
+from stas.system.printing import complain
 from stas.system.resources import cores
 
 log = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ def _torchrun(options: list[str], stage: Sequence[str], count: int) -> int:
         except (SignalException, StoppedEarly):
             stopped = True
         except ChildFailedError as error:
-            print(f"stas: {error}", file=sys.stderr)
+            complain(error)
         finally:
             del os.environ[STATUS_DIRECTORY]  # only the ranks need it
             over.set()

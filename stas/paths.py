@@ -8,6 +8,7 @@ workspace/
     predictions/<name>/     <stem>.png, probabilities/<stem>.png, manifest.json
 """
 
+import errno
 import os
 import re
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from stas.errors import UsageError
 
 STATUS_DIRECTORY = "STAS_STATUS_DIR"
 VOTE = "vote"  # name of an ensemble's vote among the prediction sets
+MAX_NEW_NAME = 200  # bytes in the name of an output: file systems take 255, and temporary names are longer
+MAX_PATH = 3000  # characters; Linux takes 4096 bytes
 PLAIN_NAME = "[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}"  # of a run, a store, a set or a label: it cannot leave a directory
 
 
@@ -126,6 +129,30 @@ def status_file() -> Path | None:
     """This process's file in STAS_STATUS_DIR; `stas launch` reads the exit code from it."""
     value = os.environ.get(STATUS_DIRECTORY)
     return Path(value) / str(os.getpid()) if value else None
+
+
+def check_given(name: str, longest: int = 255) -> Path:
+    """Return the path of a file or directory that the user named; each of its parts has at most `longest` bytes.
+
+    Raises:
+        UsageError: it is empty, not UTF-8, or too long, or leads through a file or in a circle of links.
+    """
+    if not name:
+        raise UsageError("the name of a file or directory is empty: the variable it comes from may not be set")
+    try:
+        length = max(len(part.encode()) for part in name.split("/"))
+    except UnicodeEncodeError:
+        raise UsageError(f"{name!r} is not UTF-8: rename it, or set LC_ALL=C.UTF-8 if it is") from None
+    if length > longest or len(name) > MAX_PATH:
+        raise UsageError(
+            f"{name[:60]!r}... is too long: use at most {MAX_PATH} characters, and {longest} bytes between two slashes"
+        )
+    try:
+        Path(name).stat()
+    except OSError as error:  # another one depends on what the path is for
+        if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise UsageError(f"{name!r}: {error.strerror}: name another path") from None
+    return Path(name)
 
 
 def check_name(what: str, name: str) -> str:

@@ -25,6 +25,7 @@ from stas.data.workers import records
 from stas.errors import InputDataError, StoppedEarly, UsageError
 from stas.paths import Workspace
 from stas.system.files import sha256
+from stas.system.printing import say
 from stas.system.publish import check_replaceable
 from stas.system.resources import cores
 from stas.system.threads import bar
@@ -233,9 +234,9 @@ def _check_label(annotations: Sequence[Path], label: str) -> None:
 def _report(store: Store) -> None:
     """Print what the store holds."""
     shares = np.array([100 * sample["area"] / (sample["height"] * sample["width"]) for sample in store.samples])
-    print(f"store  {store.directory}")
-    print(f"       {len(store)} samples of {store.spec}, {len(store.skipped)} left out")
-    print(
+    say(f"store  {store.directory}")
+    say(f"       {len(store)} samples of {store.spec}, {len(store.skipped)} left out")
+    say(
         f"       foreground {shares.min():.2f} to {shares.max():.2f} % of an image, median {np.median(shares):.2f} %; "
         f"{np.count_nonzero(shares == 0)} without any"
     )
@@ -246,4 +247,4 @@ def _report_split(store: Store, split: Split) -> None:
     training, validation = split_samples(store.samples, split)
     warn_of_shared_images(store.samples, training, validation)
     fold = f" {split.fold} of {split.folds}" if split.kind == "kfold" else ""
-    print(f"split  {split.kind}{fold}: {len(training)} for training, {len(validation)} for validation")
+    say(f"split  {split.kind}{fold}: {len(training)} for training, {len(validation)} for validation")

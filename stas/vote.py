@@ -28,6 +28,7 @@ from stas.results.predictions import (
     write_set_manifest,
 )
 from stas.results.provenance import check_present, check_unchanged
+from stas.system.printing import say
 from stas.system.publish import Output, building, check_replaceable, named
 from stas.system.threads import in_threads
 
@@ -125,7 +126,7 @@ def vote(
 
         log_seen(listed.names, in_threads(one_image, listed.stems, "vote", workers))
         write_set_manifest(partial, output, listed.label, listed.sizes, soft)
-    print(f"vote of {', '.join(listed.names)}: {len(listed.sizes)} masks in {out}")
+    say(f"vote of {', '.join(listed.names)}: {len(listed.sizes)} masks in {out}")
     return out
 
 

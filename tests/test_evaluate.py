@@ -88,6 +88,17 @@ def test_every_image_and_member_has_a_row(sets, tmp_path):
     assert (row["height"], row["width"]) == ("1", "8")
 
 
+def test_a_name_that_is_a_formula_stays_text_in_the_csv(tmp_path):
+    for directory in ("truth", "=member"):
+        for stem in ("=HYPERLINK(1)", "'quoted", "plain"):
+            write_mask(tmp_path / directory / f"{stem}.png", np.eye(8, dtype=bool))
+    evaluate([tmp_path / "=member"], tmp_path / "truth", tmp_path / "out")
+    with (tmp_path / "out" / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["image"] for row in rows} == {"'=HYPERLINK(1)", "''quoted", "plain"}
+    assert {row["member"] for row in rows} == {"'=member"}
+
+
 def test_the_table_names_its_numbers(sets, tmp_path, capsys):
     truth, bad, good = sets
     evaluate([bad, good], truth, tmp_path / "out", sheets=0)

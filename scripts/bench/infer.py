@@ -16,6 +16,7 @@ from stas.models.network import build_network, place
 from stas.models.predict import Picture, Settings, predict_logits
 from stas.paths import Workspace
 from stas.recipe import load_recipe
+from stas.system.files import sha256
 from stas.system.threads import map_ahead
 
 RUN = "lite0"
@@ -34,10 +35,11 @@ def measure(site: Site) -> Iterator[Row]:
     save_checkpoint(workspace.run(RUN).checkpoint("best"), take_snapshot(network, metadata))
     files = list_images(images)
     stems = list(files)
+    hashes = {stem: sha256(path) for stem, path in files.items()}
     settings = Settings.of(recipe, tta=False)
 
     def read() -> list[Picture]:
-        return list(map_ahead(lambda stem: stage._read(files[stem], recipe.data), stems, stage.READERS))
+        return list(map_ahead(lambda stem: stage._read(files[stem], hashes[stem], recipe.data), stems, stage.READERS))
 
     pictures = read()
 

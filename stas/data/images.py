@@ -14,6 +14,7 @@ from stas.data.png import decode_grey, encode_mask
 from stas.errors import InputDataError
 from stas.paths import manifest_file
 from stas.system.files import atomic_write
+from stas.system.printing import is_plain
 from stas.system.publish import BYSTANDERS, named
 from stas.system.untrusted import check_file, read_bounded, refusal, stop_if_passing
 
@@ -50,6 +51,7 @@ def list_images(
     suffixes: tuple[str, ...] = IMAGE_SUFFIXES,
     others: tuple[str, ...] = (),
     may_be_empty: bool = False,
+    any_name: bool = False,
 ) -> dict[str, Path]:
     """The images of a directory by stem, sorted by stem. Logs which files were passed over because of their suffix.
 
@@ -58,10 +60,11 @@ def list_images(
         suffixes: of the images, in lower case.
         others: suffixes of files that belong there too and are not mentioned.
         may_be_empty: whether there may be no image.
+        any_name: whether to list names that `check_plain` refuses too, for a caller that reports each one itself.
 
     Raises:
         InputDataError: the directory is missing or has no image, two images have the same stem, or stems that differ
-            only in case or in how accents are encoded, or a stem has more than MAX_STEM_BYTES.
+            only in case or in how accents are encoded, or `check_stem` or `check_plain` refuses a name.
     """
     if not directory.is_dir():
         raise InputDataError(f"{directory}: not a directory; name the directory that contains the images")
@@ -69,6 +72,8 @@ def list_images(
     folded: dict[str, Path] = {}
     for path in list_files(directory, suffixes, others):
         check_stem(path)
+        if not any_name:
+            check_plain(path, path)
         other = folded.setdefault(fold(path.stem), path)
         if other != path:
             note = "" if other.stem == path.stem else SAME_NAME
@@ -120,6 +125,20 @@ def check_stem(path: Path) -> None:
     length = len(path.stem.encode(errors="surrogateescape"))
     if length > MAX_STEM_BYTES:
         raise InputDataError(f"{path}: the stem has {length} bytes, more than {MAX_STEM_BYTES}: rename it")
+
+
+def check_plain(annotation: Path, file: Path) -> None:
+    """Refuse an annotation if the name of `file`, itself or its image, cannot stand in manifests, tables and logs.
+
+    Raises:
+        InputDataError: it is not UTF-8, or has line breaks or other control characters.
+    """
+    if is_plain(file.name):
+        return
+    whose = "its name" if file == annotation else f"the name of its image {file}"
+    if is_plain(file.name.encode(errors="ignore").decode()):
+        raise InputDataError(f"{annotation}: {whose} is not UTF-8: rename it and its image")
+    raise InputDataError(f"{annotation}: {whose} has line breaks or other control characters: rename it")
 
 
 def read_image(source: Path | bytes) -> NDArray[np.uint8]:

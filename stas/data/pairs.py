@@ -8,7 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stas.data.annotations import MAX_FILE_BYTES, Annotation, find_image, read_labelme
-from stas.data.images import IMAGE_SUFFIXES, MAX_IMAGE_BYTES, SAME_NAME, check_stem, fold, list_files, list_images
+from stas.data.images import (
+    IMAGE_SUFFIXES,
+    MAX_IMAGE_BYTES,
+    SAME_NAME,
+    check_plain,
+    check_stem,
+    fold,
+    list_files,
+    list_images,
+)
 from stas.data.store_manifest import Skipped
 from stas.data.store_spec import StoreSpec
 from stas.errors import InputDataError, StoppedEarly, UnreadableError
@@ -58,7 +67,10 @@ def find_pairs(images: Sequence[Path], annotations: Sequence[Path]) -> tuple[lis
         images,
         # It may have none, because images can be embedded in the annotations.
         lambda place: list_images(
-            place, others=ANNOTATION_SUFFIXES if _resolved(place) in annotation_places else (), may_be_empty=True
+            place,
+            others=ANNOTATION_SUFFIXES if _resolved(place) in annotation_places else (),
+            may_be_empty=True,
+            any_name=True,
         ),
     )
     annotation_files, double = _list_annotations(annotations, image_places)
@@ -146,7 +158,7 @@ def stop_if_gone(*files: Path | None) -> None:
 
 def _pair(annotation: Path, image: Path | None, images: Sequence[Path]) -> Pair:
     """Find and hash the image of an annotation, given the image file of its stem if there is one."""
-    _check_utf8(annotation, annotation)
+    check_plain(annotation, annotation)
     check_stem(annotation)
     check_file(annotation, MAX_FILE_BYTES)  # before hashing, which never ends for a pipe
     content = None
@@ -162,18 +174,9 @@ def _pair(annotation: Path, image: Path | None, images: Sequence[Path]) -> Pair:
             )
         image = found if isinstance(found, Path) else None
     if image is not None:
-        _check_utf8(annotation, image)
+        check_plain(annotation, image)
         check_file(image, MAX_IMAGE_BYTES)
     return Pair(annotation, image, *pair_hashes(annotation, image, content))
-
-
-def _check_utf8(annotation: Path, file: Path) -> None:
-    """Refuse an annotation if the name of `file` (itself or its image) cannot be written to a manifest."""
-    try:
-        file.name.encode()
-    except UnicodeEncodeError:
-        whose = "its name" if file == annotation else f"the name of its image {file}"
-        raise InputDataError(f"{annotation}: {whose} is not UTF-8: rename it and its image") from None
 
 
 def _resolved(path: Path) -> Path:

@@ -101,9 +101,11 @@ def _listed(file: Path, known: set[str]) -> set[str]:
     stems = {line for line in lines if line and not line.startswith("#")}
     unknown = sorted(stems - known)
     if unknown:
+        quoted = f" ({', '.join(map(shown, unknown[:5]))}{', ...' if len(unknown) > 5 else ''})"
+        if not stems & known:  # not a list of stems at all: a recipe from a stranger may name a file with passwords
+            quoted = ""
         raise UsageError(
-            f"data.split.file {file}: {len(unknown)} of {len(stems)} stems are not in the store "
-            f"({', '.join(map(shown, unknown[:5]))}{', ...' if len(unknown) > 5 else ''}): "
+            f"data.split.file {file}: {len(unknown)} of {len(stems)} stems are not in the store{quoted}: "
             "write one stem per line, without suffix"
         )
     return stems

@@ -154,7 +154,7 @@ def _disk_errors(file: Path) -> Iterator[None]:
     try:
         yield
     except lmdb.Error as error:
-        for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES):
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES):
             if os.strerror(number) in str(error):
                 raise OSError(number, os.strerror(number), str(file)) from error
         raise

@@ -29,6 +29,7 @@ from stas.data.png import decode_grey
 from stas.errors import InputDataError, StoppedEarly, UsageError
 from stas.results.provenance import Made, check_own_files, check_same_images, file_hashes, read_made
 from stas.system.files import sha256
+from stas.system.printing import is_plain
 from stas.system.publish import SHOWN, Output, named, write_manifest
 from stas.system.threads import in_threads
 from stas.system.untrusted import read_bounded
@@ -229,11 +230,19 @@ def _unique_names(directories: Sequence[Path]) -> list[str]:
         if resolved.count(directory) > 1:
             raise UsageError(f"{directory}: given more than once; each member counts once")
     longest = max((len(directory.parts) for directory in resolved), default=0)
+    names = [str(directory) for directory in resolved]
     for depth in range(1, longest):
-        names = ["/".join(directory.parts[-depth:]) for directory in resolved]
-        if len(set(names)) == len(names):
-            return names
-    return [str(directory) for directory in resolved]
+        shorter = ["/".join(directory.parts[-depth:]) for directory in resolved]
+        if len(set(shorter)) == len(shorter):
+            names = shorter
+            break
+    for name in names:
+        if not is_plain(name):
+            raise UsageError(
+                f"{name!r}: not UTF-8, or line breaks or other control characters in it, which the name of a member in "
+                "tables and manifests cannot have: rename the directory"
+            )
+    return names
 
 
 def _common_label(members: Sequence[Member]) -> str | None:

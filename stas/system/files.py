@@ -14,7 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from stas.errors import InputDataError
+from stas.errors import EXIT_FAILED, EXIT_USAGE, InputDataError
+from stas.system.printing import escaped_json
 from stas.system.untrusted import MAX_JSON_BYTES, check_file, parse_json, read_bounded, refusal
 
 SYNCED_AT_ONCE = 16
@@ -61,22 +62,57 @@ def named_errors(path: Path) -> Iterator[None]:
 
 def disk_trouble(error: OSError) -> str | None:
     """The problem and its remedy if a disk is full, read-only or failing; None for any other error."""
-    remedy = _REMEDIES.get(error.errno or 0)
-    if remedy is None:
+    return _told(error, _REMEDIES[error.errno]) if error.errno in _REMEDIES else None
+
+
+def system_trouble(error: OSError) -> tuple[str, int] | None:
+    """What the system refused, with the file and a remedy, and the exit code for it.
+
+    None for an error that has no number, such as those that libraries make up.
+    """
+    if error.errno is None:
         return None
+    if error.errno in _REMEDIES:
+        return _told(error, _REMEDIES[error.errno]), EXIT_FAILED
+    if error.errno in _NAME_REMEDIES:
+        return _told(error, _NAME_REMEDIES[error.errno]), EXIT_USAGE
+    return _told(error, f"make sure that it is there and that this user may use it. {_KEPT}"), EXIT_FAILED
+
+
+def _told(error: OSError, remedy: str) -> str:
     path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else None
-    return f"{path or 'a file'}: {error.strerror}{_free_space(path) if error.errno == errno.ENOSPC else ''}: {remedy}"
+    return f"{path or _unnamed()}: {error.strerror}{_free_space(path) if error.errno == errno.ENOSPC else ''}: {remedy}"
+
+
+def _unnamed() -> str:
+    """What an error without a file name is about."""
+    try:
+        Path.cwd()
+    except OSError:
+        return "the current directory"
+    return "a file"
 
 
 _KEPT = "Everything finished so far is kept; run the same command again to resume"
 _REMEDIES = {
     errno.ENOSPC: f"free some space there, or use a larger volume. {_KEPT}",
     errno.EDQUOT: f"delete files you do not need, or ask for a larger quota. {_KEPT}",
+    errno.EFBIG: f"raise the limit on the size of files (ulimit -f), or use another file system. {_KEPT}",
     errno.EROFS: f"mount the volume for writing, or use another directory. {_KEPT}",
-    errno.EACCES: f"let this user write there, or use another directory. {_KEPT}",
-    errno.EPERM: f"let this user write there, or use another directory. {_KEPT}",
+    errno.EACCES: f"let this user read and write there, or use another directory. {_KEPT}",
+    errno.EPERM: f"let this user read and write there, or use another directory. {_KEPT}",
     errno.EIO: f"the disk or its network failed; check the kernel log. {_KEPT}",
     errno.ESTALE: f"the file server lost the file; mount the volume again. {_KEPT}",
+    errno.EMFILE: f"raise the limit on open files (ulimit -n). {_KEPT}",
+    errno.ENFILE: f"close other programs: this machine has no more open files to give. {_KEPT}",
+    errno.EAGAIN: f"raise the limit on processes (ulimit -u), or use fewer workers. {_KEPT}",
+}
+_NAME_REMEDIES = {
+    errno.ENAMETOOLONG: "use a shorter name",
+    errno.ENOTDIR: "a file is where a directory is needed: name another directory, or move the file away",
+    errno.EEXIST: "something else has this name: name another directory, or move it away",
+    errno.EISDIR: "a directory is where a file is needed: name a file, or move the directory away",
+    errno.ELOOP: "its links lead in a circle: remove one of them",
 }
 
 
@@ -140,7 +176,7 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically. Piece by piece: one string would take several times its size."""
     with atomic_write(path) as file:
         for piece in json.JSONEncoder(indent=1, ensure_ascii=False).iterencode(value):
-            file.write(piece.encode())
+            file.write(escaped_json(piece).encode())
         file.write(b"\n")
 
 
@@ -148,7 +184,7 @@ def append_json_line(path: Path, value: Any) -> None:
     """Append `value` as one line of JSON; it is on disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(value, ensure_ascii=False) + "\n")
+        file.write(escaped_json(json.dumps(value, ensure_ascii=False)) + "\n")
         file.flush()
         os.fsync(file.fileno())
 

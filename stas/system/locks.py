@@ -228,7 +228,8 @@ def _alive(holder: Holder, path: Path, now: float) -> bool:
 def _read(path: Path) -> Holder | None:
     """The holder of a lock; None if it is free."""
     try:
-        with open(path, "rb") as file:
+        # Not blocking: a pipe that somebody put there would be waited for without end.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             content, status = file.read(4096), os.fstat(file.fileno())
     except FileNotFoundError:
         return None

@@ -4,8 +4,10 @@ Unavailable readings are omitted.
 """
 
 import ctypes
+import errno
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 GIB = 2**30
+_KEPT = "Everything finished so far is kept; run the same command again to resume"
+# How torch, LMDB and the dynamic linker say it.
+_NO_MEMORY = re.compile("(can't|cannot) allocate memory|not enough memory|std::bad_alloc|failed to map segment", re.I)
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 
 
@@ -50,6 +55,22 @@ def keep_freed_memory() -> None:
     if mallopt:
         mallopt(_MMAP_THRESHOLD, 32 << 20)  # the largest value it accepts
         mallopt(_TRIM_THRESHOLD, 128 << 20)
+
+
+def memory_trouble(error: Exception) -> str | None:
+    """The problem and its remedy if there was no memory for an array, a thread or a library; None for another error."""
+    text = " ".join(str(error).split())[:200]
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or _NO_MEMORY.search(text):
+        return (
+            f"memory ran out ({text or type(error).__name__}): raise the limit on memory (ulimit -v, or the job's), "
+            f"use fewer --workers, or lower train.batch. {_KEPT}"
+        )
+    if isinstance(error, RuntimeError) and "start new thread" in text:
+        return (
+            f"no thread could be started ({text}): raise the limits on processes (ulimit -u) and memory (ulimit -v), "
+            f"or use fewer --workers. {_KEPT}"
+        )
+    return None
 
 
 def cgroup_memory(

@@ -71,6 +71,15 @@ def test_list_file_with_unknown_stems_is_refused(tmp_path):
         split_samples(samples(4), chosen(kind="list", file=tmp_path / "gone.txt"))
 
 
+def test_a_file_that_is_no_list_is_not_quoted(tmp_path):
+    """A recipe from a stranger may name any file of the user's."""
+    file = tmp_path / "secrets"
+    file.write_text("root:x:0:0\npassword=hunter2\n")
+    with pytest.raises(UsageError, match="2 of 2 stems are not in the store") as refused:
+        split_samples(samples(4), chosen(kind="list", file=file))
+    assert "x:0:0" not in str(refused.value) and "hunter2" not in str(refused.value)
+
+
 @pytest.mark.parametrize("count", [20, 23])
 def test_folds_take_every_sample_once(count):
     given = samples(count)

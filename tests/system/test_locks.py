@@ -149,6 +149,59 @@ def test_a_process_that_proc_hides_lives_by_its_heartbeat(path, monkeypatch):
         pass
 
 
+OTHER_USER = """
+import os, sys
+from pathlib import Path
+from stas.errors import StoppedEarly
+from stas.system.locks import lock
+
+def become(user):
+    os.setgroups([]); os.setgid(user); os.setuid(user)
+
+held, done = os.pipe(), os.pipe()
+if not os.fork():
+    become(65001)
+    with lock(Path(sys.argv[1])):
+        os.write(held[1], b"x")
+        os.read(done[0], 1)
+    os._exit(0)
+os.read(held[0], 1)
+become(65002)
+assert not os.path.exists("/proc/1"), "hidepid hides nothing"
+try:
+    with lock(Path(sys.argv[1]), patience=1):
+        print("taken over")
+except StoppedEarly:
+    print("alive")
+os.write(done[1], b"x")
+os.wait()
+"""
+
+
+def test_another_user_whom_proc_hides_is_alive(path):
+    """The same with the kernel's own hidepid=2, in a mount namespace."""
+    path.parent.chmod(0o777)
+    for parent in path.parent.parents:
+        if parent.stat().st_uid == os.getuid() and parent.name.startswith("pytest-"):
+            parent.chmod(0o755)  # pytest closes them to other users
+    inside = 'mount -t proc -o hidepid=2 proc /proc && exec "$0" -c "$1" "$2"'
+    line = ["unshare", "-m", "--propagation", "private", "sh", "-c", inside, sys.executable, OTHER_USER, path]
+    try:
+        run = subprocess.run(line, capture_output=True, text=True, timeout=60)
+    except FileNotFoundError:
+        pytest.skip("no unshare")
+    if "unshare failed" in run.stderr or "mount:" in run.stderr or "only root" in run.stderr:
+        pytest.skip(f"needs root: {run.stderr}")
+    assert run.stdout == "alive\n", run.stderr
+
+
+def test_a_pipe_in_place_of_a_lock_is_not_waited_for(path):
+    os.mkfifo(path)
+    os.utime(path, (0, 0))
+    with lock(path, patience=PATIENCE):
+        assert path.is_file()
+
+
 def test_a_dead_lock_dated_a_day_ahead_is_not_waited_for_that_long(path, monkeypatch):
     monkeypatch.setattr(locks, "STALE", 0.3)
     leave(path, silent=-86400)
