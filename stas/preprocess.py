@@ -19,7 +19,7 @@ from stas.data.split import split_samples
 from stas.data.store import Store, point_to, pointer
 from stas.data.store_manifest import Skipped
 from stas.data.store_spec import StoreSpec, store_spec
-from stas.data.store_writer import Record, Source, StoreWriter, build_store, make_record
+from stas.data.store_writer import Record, Source, StoreWriter, build_store, check_count, make_record
 from stas.data.workers import records
 from stas.errors import InputDataError, UsageError
 from stas.paths import Workspace, lock_file, mask_file
@@ -73,6 +73,7 @@ def preprocess(
     spec = store_spec(data)
     pointer(workspace, spec)  # before the work, because it refuses a label that cannot be in a file name
     pairs, bad = find_pairs(images, annotations)
+    check_count(len(pairs))
     directory = workspace.store(store_key(spec, pairs, bad))
     with build_store(directory, spec) as writer:
         if writer:
