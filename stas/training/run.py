@@ -100,8 +100,8 @@ def set_up(
     """Build a run, or resume it from its newest checkpoint; `limit` is the seconds that all its parts may take.
 
     Raises:
-        UsageError: the run exists with another recipe or store; there is no store; the batch is smaller than the number
-            of ranks.
+        UsageError: the run exists with another recipe; there is no store, or the one that it began with is gone; the
+            batch is smaller than the number of ranks.
     """
     if recipe.train.batch < ranks.size:
         raise UsageError(
@@ -117,12 +117,7 @@ def set_up(
         state = TrainState.from_json(saved.metadata["state"], ranks) if saved else TrainState()
         if saved:
             _check_same_recipe(recipe, parse_recipe(saved.metadata["recipe"], str(paths.root)), paths)
-    store = open_store(workspace, recipe.data)
-    if saved and saved.metadata.get("store") != store.key:
-        raise UsageError(
-            f"{paths.root} was trained on store {saved.metadata.get('store')}, the newest is {store.key}: "
-            "the data changed; start a new run with --run"
-        )
+    store = open_store(workspace, recipe.data, str(saved.metadata.get("store")) if saved else None)
     training, validation = split_samples(store.samples, recipe.data.split)
     torch.manual_seed(recipe.train.seed)
     network = build_network(recipe.model, recipe.data.size, pretrained=saved is None)
