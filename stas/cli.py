@@ -242,6 +242,12 @@ def _doctor(options: argparse.Namespace) -> int:
     return EXIT_OK if doctor(Path(workspace) if workspace else None, recipe) else EXIT_FAILED
 
 
+def _verify(options: argparse.Namespace) -> None:
+    from stas.verify import verify
+
+    verify(options.paths or [_workspace(options).root])
+
+
 def _workspace(options: argparse.Namespace) -> Workspace:
     root = options.workspace or default_workspace()
     if not root:
@@ -284,6 +290,7 @@ COMMANDS: dict[str, Command] = {
     "recipes": _recipes,
     "members": _members,
     "doctor": _doctor,
+    "verify": _verify,
     "weights fetch": _weights_fetch,
     "weights convert": _weights_convert,
 }

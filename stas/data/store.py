@@ -160,7 +160,12 @@ class Store:
             self._verify(index)
 
     def damaged(self) -> Iterator[str]:
-        """The stems of the samples that do not match their hashes in the index."""
+        """The stems of the samples that do not match their hashes in the index.
+
+        Raises:
+            InputDataError: LMDB must not map the data file.
+        """
+        self._environment()
         for index, sample in enumerate(self.samples):
             try:
                 self._verify(index)
