@@ -34,11 +34,16 @@ def verify(paths: Sequence[Path]) -> None:
     for output in outputs:
         what, problems = _check(output)
         damaged += bool(problems)
-        print(f"{'damaged' if problems else 'ok':8}{output}: {what}", flush=True)
+        print(_printable(f"{'damaged' if problems else 'ok':8}{output}: {what}"), flush=True)
         for problem in problems:
-            print(f"{'':8}{problem}", flush=True)
+            print(_printable(f"{'':8}{problem}"), flush=True)
     if damaged:
         raise InputDataError(f"{damaged} of {len(outputs)} outputs are damaged: the lines above say what to do")
+
+
+def _printable(line: str) -> str:
+    """A line in which a file's name can neither act on the terminal nor begin a line of its own."""
+    return "".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in line)
 
 
 def _outputs(path: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """`stas verify`: everything that is made is found whole, and every damage to it is named."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -127,6 +128,12 @@ def test_a_directory_that_lost_its_manifest_is_not_passed_over(whole: Workspace,
     said = damaged(whole, capsys=capsys)
     assert f"damaged {whole.predictions('vote')}: not readable" in said
     assert "the store that it names is not there" in said
+
+
+@pytest.mark.parametrize(("name", "said"), [(b"\xff.png", r"\udcff.png"), (b"\x1b[2J\nok", r"\x1b[2J\nok")])
+def test_names_cannot_act_on_the_terminal(whole: Workspace, name: bytes, said: str, capsys: pytest.CaptureFixture[str]):
+    (whole.predictions("vote") / os.fsdecode(name)).touch()
+    assert f"{said}: added since it was made" in damaged(whole, whole.predictions("vote"), capsys=capsys)
 
 
 def test_a_store_that_is_gone_is_no_damage_to_its_run(whole: Workspace, capsys: pytest.CaptureFixture[str]):

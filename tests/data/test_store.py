@@ -19,7 +19,7 @@ from monai.transforms.spatial.array import Resize
 
 from stas.config import Data
 from stas.data.resize import area_resize
-from stas.data.store import Store, open_store, point_to, pointer, record_key
+from stas.data.store import Store, open_store, point_to, pointer, record_key, record_sum
 from stas.data.store_file import environment
 from stas.data.store_writer import build_store, make_record
 from stas.data.tiles import Box
@@ -246,6 +246,18 @@ def test_a_bit_flipped_in_the_manifest_or_index_is_found(tmp_path, name):
         path.write_bytes(data)
         with pytest.raises(InputDataError, match=str(store.directory)):
             Store(store.directory)
+
+
+def test_a_checksum_is_compared_once_per_process(tmp_path, monkeypatch):
+    """Training reads a sample in every epoch."""
+    store = build(tmp_path / "key")
+    compared: list[str] = []
+    monkeypatch.setattr("stas.data.store.record_sum", lambda *of: compared.append(of[1]) or record_sum(*of))
+    for _ in range(3):
+        for index in range(2):
+            store.image(index)
+            store.mask(index)
+    assert sorted(compared) == ["image/0/0"] * 2 + ["mask/STAS/0/0"] * 2
 
 
 def test_an_intact_record_of_another_sample_is_no_record_of_this(tmp_path):
