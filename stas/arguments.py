@@ -145,6 +145,16 @@ def build_parser() -> argparse.ArgumentParser:
     _add_workspace(command)
     command.add_argument("--recipe", type=word, help="check whether this recipe can run; exit code 1 if not")
     _add_set(command)
+    command = stages.add_parser("verify", help="read all that the stages made, and say what is damaged or missing")
+    command.set_defaults(command="verify")
+    command.add_argument(
+        "paths",
+        type=Path,
+        nargs="*",
+        metavar="PATH",
+        help="stores, runs, prediction sets, votes, evaluations or workspaces (default: the workspace)",
+    )
+    _add_workspace(command)
     return parser
 
 

@@ -261,6 +261,12 @@ def _doctor(options: argparse.Namespace) -> int:
     return EXIT_OK if doctor(_workspace_root(options), recipe) else EXIT_FAILED
 
 
+def _verify(options: argparse.Namespace) -> None:
+    from stas.verify import verify
+
+    verify(options.paths or [_workspace(options).root])
+
+
 def _workspace(options: argparse.Namespace) -> Workspace:
     root = _workspace_root(options)
     if root is None:
@@ -308,6 +314,7 @@ COMMANDS: dict[str, Command] = {
     "recipes": _recipes,
     "members": _members,
     "doctor": _doctor,
+    "verify": _verify,
     "weights fetch": _weights_fetch,
     "weights convert": _weights_convert,
 }

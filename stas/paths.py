@@ -1,7 +1,7 @@
 """Every file name in a workspace, and the only reader of the `STAS_*` environment variables.
 
 workspace/
-    stores/<key>/           data.mdb, manifest.json: an immutable store of samples
+    stores/<key>/           data.mdb, samples.jsonl, manifest.json: an immutable store of samples
     stores/<dataset>.json   the newest store for this label and size or scale
     runs/<run>/             recipe.yaml, split.json, metrics.jsonl, bad_steps.jsonl, curves.png, tensorboard/,
                             checkpoints/
@@ -96,6 +96,11 @@ def lock_file(protected: Path) -> Path:
 def store_data(store: Path) -> Path:
     """The LMDB data file of a store."""
     return store / "data.mdb"
+
+
+def store_samples(store: Path) -> Path:
+    """The entries of a store's samples, one line of JSON each."""
+    return store / "samples.jsonl"
 
 
 def mask_file(directory: Path, stem: str) -> Path:

@@ -20,7 +20,7 @@ from stas.data.split import split_samples, warn_of_shared_images
 from stas.data.store import Store, point_to, pointer
 from stas.data.store_manifest import Skipped
 from stas.data.store_spec import StoreSpec, store_spec
-from stas.data.store_writer import Record, Source, StoreWriter, build_store, make_record
+from stas.data.store_writer import Record, Source, StoreWriter, build_store, check_count, make_record
 from stas.data.workers import records
 from stas.errors import InputDataError, StoppedEarly, UsageError
 from stas.paths import Workspace
@@ -83,6 +83,7 @@ def preprocess(
         check_apart(masks, [*images, *annotations, workspace.stores])
         check_replaceable(masks, "mask set")
     pairs, bad = find_pairs(images, annotations)
+    check_count(len(pairs))
     directory = workspace.store(store_key(spec, pairs, bad))
     with build_store(directory, spec) as writer:
         if writer:

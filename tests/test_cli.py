@@ -14,7 +14,7 @@ from stas.cli import main
 from stas.errors import StoppedEarly
 from stas.recipe import recipe_names
 
-STAGES = ("preprocess", "train", "infer", "vote", "evaluate", "recipes", "doctor")
+STAGES = ("preprocess", "train", "infer", "vote", "evaluate", "recipes", "doctor", "verify")
 
 
 def test_help_names_every_command_and_loads_no_heavy_package():

@@ -10,7 +10,6 @@ import io
 import json
 import math
 import os
-import re
 import struct
 import subprocess
 import sys
@@ -47,7 +46,7 @@ from stas.models.checkpoint import (
     take_snapshot,
 )
 from stas.models.pickles import convert_weights
-from stas.paths import Workspace, manifest_file, store_data
+from stas.paths import Workspace, manifest_file, store_data, store_samples
 from stas.recipe import RECIPES, load_recipe, parse_recipe, recipe_names
 from stas.system.distributed import Ranks
 from stas.system.publish import Output, check_replaceable, is_finished, write_manifest
@@ -56,6 +55,7 @@ from stas.training.run import TrainState
 from tests.support import stores
 from tests.support.fuzzing import PROFILE, TEXTS, VALUES, Referee, altered, json_files, pictures, repair_png, spoilt
 from tests.support.labelme import TRIANGLE, shape
+from tests.support.manifests import change_manifest, change_sample, resealed, write_index
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about tags it ignores
 PICTURES = pictures()
@@ -177,11 +177,26 @@ def read_store(store: Store) -> None:
 def test_fuzz_manifest_of_a_store(referee: Referee, store: Store):
     path = manifest_file(store.directory)
     whole = json.loads(path.read_text())
+    del whole["checksum"]
 
     @PROFILE
     @given(json_files([whole]))
     def fuzz(content: bytes) -> None:
-        path.write_bytes(content)
+        for text in (content, resealed(content)):
+            path.write_bytes(text)
+            referee.judge(lambda: read_store(store))
+
+    fuzz()
+
+
+def test_fuzz_index_of_a_store(referee: Referee, store: Store):
+    path = store_samples(store.directory)
+    first, *others = path.read_bytes().splitlines(keepends=True)
+
+    @PROFILE
+    @given(json_files([json.loads(first)]))
+    def fuzz(content: bytes) -> None:
+        write_index(store.directory, b"".join((content.replace(b"\n", b" "), b"\n", *others)))
         referee.judge(lambda: read_store(store))
 
     fuzz()
@@ -190,13 +205,12 @@ def test_fuzz_manifest_of_a_store(referee: Referee, store: Store):
 def test_fuzz_data_of_a_store(referee: Referee, store: Store):
     path = store_data(store.directory)
     whole = path.read_bytes()
-    text = manifest_file(store.directory).read_text()
 
     @PROFILE
     @given(spoilt([whole]) | pages(whole))
     def fuzz(content: bytes) -> None:
         path.write_bytes(content)
-        manifest_file(store.directory).write_text(re.sub(r'"bytes": \d+', f'"bytes": {len(content)}', text))
+        change_manifest(store.directory, lambda manifest: manifest["files"].update({path.name: len(content)}))
         referee.judge(lambda: read_store(store))
 
     fuzz()
@@ -384,11 +398,12 @@ def test_fuzz_manifest_of_predictions(referee: Referee, outside: Path):
     (directory / "a.png").write_bytes(b"mask")
     write_manifest(directory, output, label="STAS", images={"a": {"height": 2, "width": 3}}, probabilities=True)
     whole = json.loads(manifest_file(directory).read_text())
+    del whole["checksum"]
 
     @PROFILE
     @given(json_files([whole]))
     def fuzz(content: bytes) -> None:
-        manifest_file(directory).write_bytes(content)
+        manifest_file(directory).write_bytes(resealed(content))
         referee.judge(lambda: is_finished(output))
         referee.judge(lambda: check_replaceable(directory, "prediction set"))
         referee.judge(lambda: _check_same_images(output))
@@ -640,13 +655,10 @@ def test_crazy_page_numbers_do_not_end_the_process(sized: Store, part: str):
 @pytest.mark.parametrize("kind", ["stem", "key", "pointer"])
 @pytest.mark.parametrize("name", ["../../x", "/tmp/x", "..", "", "a/b", "a\0b", "x" * 300])
 def test_a_crafted_store_leads_nowhere_else(sized: Store, kind: str, name: str, outside: Path):
-    path = manifest_file(sized.directory)
-    content = json.loads(path.read_text())
     if kind == "stem":
-        content["samples"][0]["stem"] = name
+        change_sample(sized.directory, lambda sample: sample.update(stem=name))
     else:
-        content["key"] = name
-    path.write_text(json.dumps(content))
+        change_manifest(sized.directory, lambda manifest: manifest.update(key=name))
     workspace = Workspace(outside)
     pointer(workspace, stores.SPEC).write_text(json.dumps({"store": name if kind == "pointer" else "key"}))
     with pytest.raises(InputDataError, match="delete"):
@@ -670,14 +682,16 @@ def test_a_crafted_store_leads_nowhere_else(sized: Store, kind: str, name: str, 
         ({"stored": [0, 40]}, "samples.0.stored.0 is 0"),
         ({"stored": [32]}, "samples.0.stored"),
         ({"areas": {"STAS": -1}}, "samples.0.areas.STAS is -1"),
+        ({"areas": {"STAS": 3501}}, r"has 3501 pixels of foreground in 70 x 50 pixels"),
+        ({"min": 250, "max": 5}, "sample s0 has values from 250 to 5"),
+        ({"samples": 0}, "samples is 0, Input should be greater than or equal to 1"),
+        ({"samples": 2}, "more samples than the manifest's 2"),
+        ({"samples": 4}, "3 samples, but the manifest says 4"),
     ],
 )  # fmt: skip
 def test_a_manifest_that_contradicts_itself_is_refused(sized: Store, change: dict, refusal: str):
-    path = manifest_file(sized.directory)
-    content = json.loads(path.read_text())
-    for key, value in change.items():
-        (content["samples"][0] if key in ("stored", "areas") else content)[key] = value
-    path.write_text(json.dumps(content))
+    change_of_sample = {"stored", "areas", "min", "area"} & change.keys()
+    (change_sample if change_of_sample else change_manifest)(sized.directory, lambda content: content.update(change))
     with pytest.raises(InputDataError, match=f"{refusal}.*: delete the store and run"):
         Store(sized.directory)
 
@@ -685,10 +699,7 @@ def test_a_manifest_that_contradicts_itself_is_refused(sized: Store, change: dic
 def test_a_record_of_another_length_is_refused(outside: Path):
     """The manifest's shapes all change, so they agree with each other but not with the data."""
     store = stores.build_scaled(outside / "stores" / "key", 1.0, [(50, 70)])
-    path = manifest_file(store.directory)
-    content = json.loads(path.read_text())
-    content["samples"][0] |= {"height": 5000, "width": 700, "stored": [5000, 700]}
-    path.write_text(json.dumps(content))
+    change_sample(store.directory, lambda sample: sample.update(height=5000, width=700, stored=[5000, 700]))
     changed = Store(store.directory, network=False)
     for box in (Box(0, 0, 10, 10), Box(4000, 600, 10, 10)):
         with pytest.raises(InputDataError, match=r"sample s0 has (no|10500 instead of 786432 bytes of) image"):

@@ -138,6 +138,13 @@ def test_soft_vote(data: Path, followed: Path):
 
 
 @pytest.mark.slow
+def test_check(data: Path, followed: Path, capsys: pytest.CaptureFixture[str]):
+    follow(DOCS / "how-to" / "check.md", followed, data)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 10 and {line.split()[0] for line in lines} == {"ok"}
+
+
+@pytest.mark.slow
 def test_pseudo_labels(data: Path, followed: Path):
     follow(DOCS / "how-to" / "pseudo-labels.md", followed, data)
     assert len(masks(followed / "student" / "predictions" / "student-held-out")) == 2

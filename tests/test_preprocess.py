@@ -262,7 +262,7 @@ def test_images_stored_at_a_scale_keep_their_shapes(cases, workers, capsys):
 def test_a_store_of_an_earlier_format_is_made_again(cases):
     old = cases.run()
     path = manifest_file(old.directory)
-    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
+    path.write_text(path.read_text().replace('"format": 3', '"format": 1'))
     moved = old.directory.rename(cases.workspace.store("earlier"))  # its key included the format
     pointer(cases.workspace, old.spec).write_text(json.dumps({"store": moved.name}))
     with pytest.raises(InputDataError, match=r"earlier: a store of format 1, .*: run `stas preprocess` again"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "stas"
-COMMANDS = ("preprocess", "train", "infer", "vote", "evaluate", "doctor", "launch")
+COMMANDS = ("preprocess", "train", "infer", "vote", "evaluate", "doctor", "verify", "launch")
 # From the ground up: a file may import from its own line and from earlier lines.
 FLOORS = (
     ("errors", "paths"),

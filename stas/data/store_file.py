@@ -12,9 +12,11 @@ import fcntl
 import hashlib
 import logging
 import os
-import shutil
+import stat
 import tempfile
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import lmdb
@@ -28,6 +30,7 @@ log = logging.getLogger(__name__)
 
 MAKE_AGAIN = "delete the store and run `stas preprocess` again"
 COPY_BLOCK = 16 << 20
+NAMES = 9  # of a directory that are tried one after the other
 
 _environments: dict[Path, tuple[int, lmdb.Environment]] = {}
 _opening = threading.Lock()
@@ -62,30 +65,36 @@ def close(file: Path) -> None:
             opened.close()
 
 
-def local_copy(data: Path, key: str, size: int) -> Path:
+def local_copy(data: Path, key: str, size: int, sha256: str) -> Path:
     """A node-local copy of a data file on a network file system, made in one sequential read.
 
     Args:
         data: the file.
         key: its store's key, which names the copy.
-        size: its size in bytes; a copy of another size is replaced.
+        size: its size in bytes; a copy of another size, or one that others could have changed, is replaced.
+        sha256: of the file; a copy with another is not kept.
 
     Raises:
+        InputDataError: what was read has another SHA-256.
         UsageError: not enough space for it.
     """
     cache = _cache()
     copy = cache.resolve() / f"{key}.mdb"
     with (cache / f"{key}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # all ranks of a node arrive together, and one copy is enough
-        if not copy.is_file() or copy.stat().st_size != size:
+        if not _is_own(copy, stat.S_ISREG) or copy.stat().st_size != size:
             log.info("copying %s to %s, because LMDB must not read from a network file system", data, copy)
             remove_leftovers(cache, f".{copy.name}.*.tmp")
             try:
-                copy_file(data, copy)
+                found = copy_file(data, copy)
             except OSError as error:
                 raise UsageError(
                     f"{data}: cannot be copied to {copy} ({error}): set STAS_CACHE_DIR to a larger local disk"
                 ) from error
+            copy.chmod(0o600)  # whatever the umask: a copy that others could write is not trusted
+            if found != sha256:
+                copy.unlink()
+                raise InputDataError(f"{data}: damaged: its content does not match the manifest: {MAKE_AGAIN}")
     return copy
 
 
@@ -96,10 +105,36 @@ def local_disk() -> Path:
     return directory
 
 
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a file sequentially and atomically."""
+def own_directory(name: str) -> Path:
+    """A directory on local disk that only this user can change, made if it is not there.
+
+    In a shared temporary directory anybody can make one of this name first, to have us read what they put there. Such
+    a one is not used, but another name.
+
+    Raises:
+        UsageError: all names are taken.
+    """
+    directories = [local_disk() / name, *(local_disk() / f"{name}-{number}" for number in range(2, NAMES + 1))]
+    for directory in directories:
+        with suppress(FileExistsError):
+            directory.mkdir(mode=0o700)
+        if _is_own(directory, stat.S_ISDIR):
+            return directory
+        log.warning("%s: not used, because it is a link, another user's, or others can write to it", directory)
+    raise UsageError(
+        f"{directories[0]}: it, and those with -2 to -{NAMES} added, are links, another user's, or others can write "
+        "to them: set STAS_CACHE_DIR to a local directory of your own"
+    )
+
+
+def copy_file(source: Path, target: Path) -> str:
+    """Copy a file sequentially and atomically; return the SHA-256 of what was copied."""
+    digest = hashlib.sha256()
     with source.open("rb") as file, atomic_write(target) as copy:
-        shutil.copyfileobj(file, copy, COPY_BLOCK)
+        while block := file.read(COPY_BLOCK):
+            digest.update(block)
+            copy.write(block)
+    return digest.hexdigest()
 
 
 def _open(file: Path) -> lmdb.Environment:
@@ -119,13 +154,13 @@ def _check_pages(file: Path) -> None:
     foreign file can have the same ones, because the kernel sets the change time.
     """
     mark = _mark(file)
-    if mark and mark.exists():
+    if mark and _is_own(mark, stat.S_ISREG):
         return
     if problem := _first_problem(file):
         raise InputDataError(f"{file}: not a data file written by LMDB ({problem}): {MAKE_AGAIN}")
     try:
         if mark:
-            mark.touch()
+            mark.touch(mode=0o600)
     except OSError as error:
         log.debug("%s: not remembered as checked (%s)", file, error)
 
@@ -134,7 +169,7 @@ def _mark(file: Path) -> Path | None:
     """The empty file that marks `file` as checked; None if nothing can be written."""
     try:
         cache = _cache()
-    except OSError:
+    except (OSError, UsageError):
         return None
     found = file.stat()
     identity = [str(file), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
@@ -154,6 +189,13 @@ def _first_problem(file: Path) -> str | None:
 
 def _cache() -> Path:
     """This user's own directory on local disk."""
-    cache = local_disk() / f"stas-{os.getuid()}"
-    cache.mkdir(mode=0o700, exist_ok=True)
-    return cache
+    return own_directory(f"stas-{os.geteuid()}")
+
+
+def _is_own(path: Path, kind: Callable[[int], bool]) -> bool:
+    """Whether a path is of a kind (`stat.S_ISDIR` or `stat.S_ISREG`), this user's, and not for others to write."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return False
+    return kind(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 
 from stas.data.deflate import pack
 from stas.data.resize import area_resize
-from stas.data.store import digest, full_part, mask_part, record_key
-from stas.data.store_file import copy_file, local_disk
-from stas.data.store_manifest import Sample, Skipped
+from stas.data.store import digest, full_part, mask_part, record_key, record_sum
+from stas.data.store_file import copy_file, own_directory
+from stas.data.store_manifest import MAX_INDEX_BYTES, MAX_SAMPLES, Sample, Skipped, sample_line
 from stas.data.store_spec import StoreSpec
 from stas.data.tiles import tiles, whole
-from stas.paths import store_data
-from stas.system.files import sync_path
+from stas.errors import UsageError
+from stas.paths import store_data, store_samples
+from stas.system.files import named_errors, sync_path
 from stas.system.filesystems import on_network
 from stas.system.publish import Output, building, remove_abandoned, write_manifest
 
@@ -91,20 +92,37 @@ def make_record(source: Source, image: NDArray[np.uint8], mask: NDArray[np.bool_
 class StoreWriter:
     """Write the records of a store that is being built, from one process at a time."""
 
-    def __init__(self, file: Path, spec: StoreSpec) -> None:
+    def __init__(self, file: Path, index: Path, spec: StoreSpec) -> None:
+        """Open the files.
+
+        Args:
+            file: the data, on local disk.
+            index: the entries of the samples.
+            spec: the store's spec.
+        """
         self.samples: list[Sample] = []
         self.skipped: list[Skipped] = []
         self._file = file
+        self._index_file = index
         self._spec = spec
         (self._label,) = spec.labels
         with _disk_errors(file):
             # No other process knows the file yet, so it needs neither locks nor a sync for each record.
             self._env = lmdb.open(str(file), map_size=MAP_STEP, subdir=False, lock=False, sync=False, mode=0o644)
+        with named_errors(index):
+            self._index = index.open("wb")
         self._thread = ThreadPoolExecutor(1, "sync")
         self._syncing: Future[None] | None = None
 
     def add(self, record: Record) -> None:
-        """Store one sample after those already stored."""
+        """Store one sample after those already stored.
+
+        Raises:
+            UsageError: there would be more than a store can hold.
+        """
+        line = sample_line(record.sample)
+        if len(self.samples) == MAX_SAMPLES or self._index.tell() + len(line) > MAX_INDEX_BYTES:
+            raise too_many(len(self.samples) + 1)
         parts = {
             **self._tiles("image", record.image),
             **self._tiles(mask_part(self._label), record.mask),
@@ -114,11 +132,14 @@ class StoreWriter:
             try:
                 with _disk_errors(self._file), self._env.begin(write=True) as transaction:
                     for part, data in parts.items():
-                        transaction.put(record_key(len(self.samples), part), data)
+                        end = record_sum(record.sample["sha256"], part, data)
+                        transaction.put(record_key(len(self.samples), part), b"".join((data, end)))
                 break
             except lmdb.MapFullError:
                 self._start_sync()
                 self._env.set_mapsize(self._env.info()["map_size"] + MAP_STEP + sum(map(len, parts.values())))
+        with named_errors(self._index_file):
+            self._index.write(line)
         self.samples.append(record.sample)
 
     def _tiles(self, part: str, pixels: NDArray[np.uint8]) -> dict[str, memoryview]:
@@ -133,10 +154,14 @@ class StoreWriter:
         self._wait_for_disk()
         with _disk_errors(self._file):
             self._env.sync(True)
+        with named_errors(self._index_file):
+            self._index.flush()
 
     def close(self) -> None:
         self._thread.shutdown()
         self._env.close()
+        with named_errors(self._index_file), suppress(OSError):  # `sync` has written everything, or has failed
+            self._index.close()
 
     def _start_sync(self) -> None:
         """Sync in the background; wait if the disk is behind."""
@@ -181,31 +206,48 @@ def build_store(directory: Path, spec: StoreSpec, network: bool | None = None) -
         remove_abandoned(directory.parent, ABANDONED)
         remote = on_network(directory.parent) if network is None else network
         with _scratch(directory.name) if remote else nullcontext(partial) as local:
-            writer = StoreWriter(store_data(local), spec)
+            writer = StoreWriter(store_data(local), store_samples(partial), spec)
             try:
                 yield writer
                 writer.sync()
             finally:
                 writer.close()
-            if remote:
-                copy_file(store_data(local), store_data(partial))
+            known = {store_data(partial).name: copy_file(store_data(local), store_data(partial))} if remote else {}
         write_manifest(
             partial,
             output,
+            known=known,
             labels=spec.labels,
             size=spec.size,
             scale=spec.scale,
-            samples=writer.samples,
+            samples=len(writer.samples),
             skipped=writer.skipped,
         )
+
+
+def check_count(samples: int) -> None:
+    """Refuse, before a build, more samples than a store can hold.
+
+    Raises:
+        UsageError: there are more.
+    """
+    if samples > MAX_SAMPLES:
+        raise too_many(samples)
+
+
+def too_many(samples: int) -> UsageError:
+    """The error for more samples than a store can hold."""
+    return UsageError(
+        f"{samples} samples: a store holds at most {MAX_SAMPLES}, and {MAX_INDEX_BYTES >> 30} GiB of their names and "
+        "hashes: make several stores, in workspaces of their own"
+    )
 
 
 @contextmanager
 def _scratch(key: str) -> Iterator[Path]:
     """A private directory on local disk, for building a store that belongs on a network file system."""
-    local = local_disk() / f"stas-{os.getuid()}-{key}.build"
-    shutil.rmtree(local, ignore_errors=True)  # left by a killed process
-    local.mkdir(mode=0o700)
+    local = own_directory(f"stas-{os.geteuid()}-{key}.build")
+    store_data(local).unlink(missing_ok=True)  # left by a killed process
     try:
         yield local
     finally:

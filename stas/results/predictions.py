@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from stas import paths
 from stas.data.images import (
     MAX_IMAGE_BYTES,
     MAX_PIXELS,
@@ -27,7 +26,7 @@ from stas.data.images import (
 )
 from stas.data.png import decode_grey
 from stas.errors import InputDataError, StoppedEarly, UsageError
-from stas.results.provenance import Made, check_own_files, check_same_images, file_hashes, read_made
+from stas.results.provenance import Made, check_own_files, check_same_images, read_made
 from stas.system.files import sha256
 from stas.system.printing import is_plain
 from stas.system.publish import SHOWN, Output, named, write_manifest
@@ -100,11 +99,8 @@ def write_set_manifest(
         UsageError: the set that this one replaces has masks that were changed since.
     """
     check_own_files(output.directory, output.kind)
-    files = [paths.mask_file(partial, stem) for stem in sizes]
-    files += [paths.probability_file(partial, stem) for stem in sizes if probabilities]
-    hashes = file_hashes(partial, [str(path.relative_to(partial)) for path in files])
     images = {stem: {"height": height, "width": width} for stem, (height, width) in sizes.items()}
-    write_manifest(partial, output, label=label, images=images, probabilities=probabilities, sha256=hashes)
+    write_manifest(partial, output, label=label, images=images, probabilities=probabilities)
 
 
 def list_members(directories: Sequence[Path]) -> Members:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,10 +41,10 @@ class Made:
         label: what its masks outline; None if its members' manifests named nothing.
         set: the SHA-256 of everything it was made from.
         run: the training run; None for a vote.
-        which: the run's checkpoint, best or last; None for a vote and in sets of an earlier version.
+        which: the run's checkpoint, best or last; None for a vote.
         checksum: the one at that checkpoint's end.
         images: the SHA-256 of each mask's image, by stem; empty if not known.
-        files: the SHA-256 of each file of the set, by its name in the set; empty in sets of an earlier version.
+        files: the SHA-256 of each file of the set, by its name in the set.
         members: of a vote, the `set` of each member that had a manifest, by name.
     """
 
@@ -84,7 +84,7 @@ def _made(content: Mapping[str, Any]) -> Made:
         raise ValueError("run")
     if which is not None and which not in CHECKPOINTS:
         raise ValueError("which")
-    texts = _texts(members), _texts(key.get("images") or {}), _texts(content.get("sha256") or {})
+    texts = _texts(members), _texts(key.get("images") or {}), _texts(content["sha256"])
     whole = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return Made(label if isinstance(label, str) else None, whole, run, which, checksum, texts[1], texts[2], texts[0])
 
@@ -95,11 +95,6 @@ def _texts(values: dict[str, Any]) -> dict[str, str]:
     return dict(values)
 
 
-def file_hashes(directory: Path, names: Iterable[str]) -> dict[str, str]:
-    """The SHA-256 of files in a set, by name, for `sha256` in its manifest."""
-    return {name: sha256(directory / name, MAX_IMAGE_BYTES) for name in names}
-
-
 def check_own_files(directory: Path, kind: Kind) -> None:
     """Refuse to replace a set in which files were changed, even if their sizes are the same.
 
@@ -108,11 +103,11 @@ def check_own_files(directory: Path, kind: Kind) -> None:
     """
     try:
         content = read_manifest(directory, kind)
-        recorded = _texts(content.get("sha256") or {})
+        recorded = _texts(content["sha256"])
     except (InputDataError, AttributeError, TypeError):
         return  # not a set: `check_replaceable` refuses it
     there = [name for name in recorded if (directory / name).is_file()]
-    found = file_hashes(directory, there)
+    found = {name: sha256(directory / name, MAX_IMAGE_BYTES) for name in there}
     changed = [name for name in there if found[name] != recorded[name]]
     if changed:
         raise UsageError(
@@ -132,7 +127,7 @@ def check_unchanged(member: "Member", found: Mapping[str, str]) -> None:
         InputDataError: a mask was changed, damaged or added; names the first.
         StoppedEarly: the set was replaced while it was read.
     """
-    if member.made is None or not member.made.files:
+    if member.made is None:
         return
     changed = [name for name, value in found.items() if member.made.files.get(name) != value]
     if not changed:
@@ -197,12 +192,10 @@ def _stale(member: "Member", workspace: Workspace, run: str | None) -> str | Non
     made = member.made
     if made is None:
         return run and f"no manifest in {member.directory}, so nothing tells which run made its masks"
-    if made.run is None:
+    if made.run is None or made.which is None:
         return run and f"{member.directory} is not a set of masks of run {run}"
     if run is not None and made.run != run:
         return f"{member.directory} holds masks of run {made.run}, not of {run}"
-    if made.which is None:
-        return "made by an earlier version of stas, which did not record the checkpoint"
     path = workspace.run(made.run).checkpoint(made.which)
     if not path.exists():
         return f"{path} is not there to compare them with"

@@ -3,8 +3,9 @@
 Finished? Then there is nothing to do. If not: lock; remove leftovers; finished by now? build; check the lock; publish.
 
 A finished directory contains a manifest that marks it as ours: the format, the kind of directory, the key that it was
-made from, and the size of every other file. We only replace directories with this marker, only by one of the same kind,
-and only if they contain nothing but the files they were published with.
+made from, the size and SHA-256 of every other file, and, in its last line, a checksum of itself. We only replace
+directories with this marker, only by one of the same kind, and only if they contain nothing but the files they were
+published with.
 """
 
 import errno
@@ -18,7 +19,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,8 +27,10 @@ from typing import Any, Literal
 
 from stas import paths
 from stas.errors import InputDataError, UsageError
-from stas.system.files import exchange, read_json, remove_leftovers, sync_files, sync_path, write_json
+from stas.system.files import exchange, read_json, remove_leftovers, sha256, sync_files, sync_path
 from stas.system.locks import lock
+from stas.system.sealed import check_room, read_sealed, write_sealed
+from stas.system.threads import in_threads
 from stas.system.untrusted import shown
 
 log = logging.getLogger(__name__)
@@ -37,7 +40,8 @@ BYSTANDERS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # left by file browsers 
 
 Kind = Literal["store", "prediction set", "vote", "evaluation", "mask set"]
 # Raise the number when older directories of this kind can no longer be read.
-FORMATS: dict[Kind, int] = {"store": 2, "prediction set": 2, "vote": 2, "evaluation": 2, "mask set": 1}
+FORMATS: dict[Kind, int] = {"store": 3, "prediction set": 3, "vote": 3, "evaluation": 3, "mask set": 1}
+KEY_SHARE = 8  # times the values of its key that a manifest may have in all: each image has its size and hashes too
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,8 @@ def building(output: Output, patience: float = math.inf, keep: bool = False) -> 
         The partial directory; None if the output is finished, perhaps by another process while this one waited.
 
     Raises:
-        UsageError: before the block, if the directory may not be replaced (see `check_replaceable`).
+        UsageError: before the block, if the directory may not be replaced (see `check_replaceable`), or if it is made
+            from so much that its manifest could not be read again.
         StoppedEarly: the lock is held by another process, or was lost during the block.
     """
     final = output.directory
@@ -78,6 +83,7 @@ def building(output: Output, patience: float = math.inf, keep: bool = False) -> 
         yield None
         return
     check_replaceable(final, output.kind)
+    check_room(paths.manifest_file(final), output.key, KEY_SHARE)
     with lock(paths.lock_file(final), patience) as held:
         partial = _beside(final, hashlib.sha256(json.dumps(output.key).encode()).hexdigest()[:12], "partial")
         _remove_leftovers(final, partial if keep and not is_finished(output) else None)
@@ -95,18 +101,28 @@ def building(output: Output, patience: float = math.inf, keep: bool = False) -> 
                 _remove(partial)
 
 
-def write_manifest(directory: Path, output: Output, finished: bool = True, **content: Any) -> None:
-    """Write the manifest of a partial directory, after all of its other files.
+def write_manifest(
+    directory: Path, output: Output, finished: bool = True, known: Mapping[str, str] | None = None, **content: Any
+) -> None:
+    """Write the manifest of a partial directory, after all of its other files, which are hashed here.
 
     Args:
         directory: where the files are.
         output: the directory to publish them as.
         finished: False for a result that is worth publishing, but that the next run should make again.
+        known: the SHA-256 of files that the caller hashed as it wrote them, by relative name.
         **content: further entries of the manifest.
+
+    Raises:
+        UsageError: the manifest would be too large to be read again.
     """
     files = _sizes(directory)
+    hashes = dict(known or {})
+    unknown = [name for name, size in files.items() if size is not None and name not in hashes]
+    found = in_threads(lambda name: sha256(directory / name), unknown, "hash")
+    hashes |= zip(unknown, found, strict=True)
     head = {"format": FORMATS[output.kind], "kind": output.kind, "key": output.key if finished else None}
-    write_json(paths.manifest_file(directory), head | content | {"files": files})
+    write_sealed(paths.manifest_file(directory), head | content | {"files": files, "sha256": hashes})
 
 
 def read_manifest(directory: Path, *kinds: Kind) -> dict[str, Any]:
@@ -117,9 +133,9 @@ def read_manifest(directory: Path, *kinds: Kind) -> dict[str, Any]:
         kinds: the kinds it may be.
 
     Raises:
-        InputDataError: no manifest, or not one of these kinds in its current format.
+        InputDataError: no manifest, not one of these kinds in its current format, or damaged.
     """
-    content = read_json(paths.manifest_file(directory))
+    content, intact = read_sealed(paths.manifest_file(directory))
     if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
         raise InputDataError(f"{paths.manifest_file(directory)}: not a manifest of stas: use another directory")
     kind, found = content.get("kind"), content.get("format")
@@ -129,6 +145,11 @@ def read_manifest(directory: Path, *kinds: Kind) -> dict[str, Any]:
         raise InputDataError(
             f"{directory}: {kind} of format {shown(found)}, but this version reads format {FORMATS[kind]}: "
             "move it away and create it again"
+        )
+    if not intact or not isinstance(content.get("sha256"), dict):
+        raise InputDataError(
+            f"{paths.manifest_file(directory)}: damaged, or changed by hand: its content does not match its checksum: "
+            f"restore it, or move {directory} away and create it again"
         )
     return content
 
@@ -143,6 +164,41 @@ def is_finished(output: Output) -> bool:
         return False
     sizes = _sizes(output.directory)
     return all(sizes.get(name) == size for name, size in content["files"].items())
+
+
+def damage(directory: Path, *kinds: Kind) -> list[str]:
+    """What is wrong with a published directory, after reading all of it; empty if nothing is.
+
+    Args:
+        directory: the directory.
+        kinds: the kinds it may be.
+
+    Raises:
+        InputDataError: see `read_manifest`.
+    """
+    content = read_manifest(directory, *kinds)
+    recorded: dict[str, Any] = content["files"]
+    sizes = _sizes(directory)
+    problems = [f"{name}: missing" for name in recorded if name not in sizes]
+    problems += [f"{name}: added since it was made" for name in sizes if name not in recorded]
+    for name in [name for name in sizes if name in recorded and sizes[name] != recorded[name]]:
+        problems.append(f"{name}: {sizes[name]} bytes instead of {shown(recorded[name])}")
+    same = [name for name, size in sizes.items() if size is not None and recorded.get(name) == size]
+    hashes = in_threads(lambda name: _hash_or_error(directory / name), same, "hash")
+    problems += [
+        f"{name}: {'damaged' if isinstance(found, str) else found}"
+        for name, found in zip(same, hashes, strict=True)
+        if found != content["sha256"].get(name)
+    ]
+    return problems
+
+
+def _hash_or_error(path: Path) -> str | Exception:
+    """A file's SHA-256, or why the disk did not give it."""
+    try:
+        return sha256(path)
+    except (InputDataError, OSError) as error:
+        return error
 
 
 def is_settled(output: Output) -> bool:

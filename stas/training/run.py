@@ -109,8 +109,8 @@ def set_up(
 
     Raises:
         InputDataError: a checkpoint that the run wrote is missing or damaged.
-        UsageError: the run exists with another recipe, store or split; there is no store; the batch is smaller than the
-            number of ranks.
+        UsageError: the run exists with another recipe or split; there is no store, or the one that it began with is
+            gone; the batch is smaller than the number of ranks.
     """
     if recipe.train.batch < ranks.size:
         raise UsageError(
@@ -129,12 +129,7 @@ def set_up(
             check_best(paths, saved, state.best_epoch, ranks)
     if not saved:
         check_never_saved(paths)
-    store = open_store(workspace, recipe.data)
-    if saved and saved.metadata.get("store") != store.key:
-        raise UsageError(
-            f"{paths.root} was trained on store {saved.metadata.get('store')}, the newest is {store.key}: "
-            "the data changed; start a new run with --run"
-        )
+    store = open_store(workspace, recipe.data, str(saved.metadata.get("store")) if saved else None)
     training, validation = split_samples(store.samples, recipe.data.split)
     with fitting(paths.root):
         check_same_split(paths, saved and saved.metadata, store, validation)

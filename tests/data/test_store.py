@@ -4,9 +4,12 @@ import mmap
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import threading
+from pathlib import Path
 
+import lmdb
 import numpy as np
 import pytest
 import torch
@@ -16,12 +19,13 @@ from monai.transforms.spatial.array import Resize
 
 from stas.config import Data
 from stas.data.resize import area_resize
-from stas.data.store import Store, open_store, point_to, pointer
+from stas.data.store import Store, open_store, point_to, pointer, record_key, record_sum
 from stas.data.store_file import environment
 from stas.data.store_writer import build_store, make_record
 from stas.data.tiles import Box
 from stas.errors import InputDataError, UsageError
 from stas.paths import Workspace, manifest_file, store_data
+from tests.support.manifests import change_manifest
 from tests.support.stores import SIZE, SPEC, build, build_scaled, of_size, picture, scaled, source
 
 
@@ -58,7 +62,7 @@ def test_what_is_stored_is_read(tmp_path):
     with pytest.raises(IndexError):
         store.image(3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["key"]
-    assert sorted(path.name for path in (tmp_path / "key").iterdir()) == ["data.mdb", "manifest.json"]
+    assert sorted(path.name for path in (tmp_path / "key").iterdir()) == ["data.mdb", "manifest.json", "samples.jsonl"]
 
 
 def test_the_shape_of_a_stored_image():
@@ -194,6 +198,87 @@ def test_verify_finds_a_changed_byte(tmp_path):
         Store(store.directory, network=False).verify()
 
 
+def everything(store: Store) -> list[np.ndarray]:
+    """All pixels of a store, read by a process that sees it for the first time."""
+    opened = Store(store.directory, network=False)
+    try:
+        read = (opened.image, opened.mask, opened.full_mask)
+        return [part(index) for index in range(len(opened)) for part in read]
+    finally:
+        opened.close()
+
+
+@pytest.mark.parametrize("form", ["size", "scale"])
+def test_a_bit_flipped_in_the_data_is_found_when_it_is_read(tmp_path, form):
+    """Or it lies in bytes that are never used."""
+    if form == "size":
+        store = build(tmp_path / "key", count=9)
+    else:
+        store = build_scaled(tmp_path / "key", 1.0, [(50, 70), (600, 9), (1, 1)])
+    expected = everything(store)
+    path = store_data(store.directory)
+    whole = path.read_bytes()
+    random = np.random.default_rng(0)
+    found = 0
+    for place in random.integers(0, len(whole), 250):
+        data = bytearray(whole)
+        data[place] ^= 1 << random.integers(8)
+        path.write_bytes(data)
+        try:
+            same = all(np.array_equal(one, other) for one, other in zip(everything(store), expected, strict=True))
+            assert same, f"byte {place} changed a sample"
+        except InputDataError as error:
+            assert str(store.directory) in str(error) and str(error).endswith("run `stas preprocess` again")
+            assert "sample s" in str(error) or "not a data file written by LMDB" in str(error)
+            found += 1
+    assert found > 100
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "samples.jsonl"])
+def test_a_bit_flipped_in_the_manifest_or_index_is_found(tmp_path, name):
+    store = build(tmp_path / "key")
+    path = store.directory / name
+    whole = path.read_bytes()
+    random = np.random.default_rng(0)
+    for place in random.integers(0, len(whole), 1500):
+        data = bytearray(whole)
+        data[place] ^= 1 << random.integers(8)
+        path.write_bytes(data)
+        with pytest.raises(InputDataError, match=str(store.directory)):
+            Store(store.directory)
+
+
+def test_a_checksum_is_compared_once_per_process(tmp_path, monkeypatch):
+    """Training reads a sample in every epoch."""
+    store = build(tmp_path / "key")
+    compared: list[str] = []
+    monkeypatch.setattr("stas.data.store.record_sum", lambda *of: compared.append(of[1]) or record_sum(*of))
+    for _ in range(3):
+        for index in range(2):
+            store.image(index)
+            store.mask(index)
+    assert sorted(compared) == ["image/0/0"] * 2 + ["mask/STAS/0/0"] * 2
+
+
+def test_an_intact_record_of_another_sample_is_no_record_of_this(tmp_path):
+    """As after a page that the disk wrote to the wrong place."""
+    store, other = build(tmp_path / "key"), build(tmp_path / "other")
+    store.close()
+    data = store_data(store.directory)
+    with (
+        lmdb.open(str(data), subdir=False, lock=False) as changed,
+        changed.begin(write=True) as transaction,
+    ):
+        record = transaction.get(record_key(1, "image/0/0"))
+        assert record and transaction.put(record_key(0, "image/0/0"), record)
+    change_manifest(store.directory, lambda content: content["files"].update({data.name: data.stat().st_size}))
+    damaged = Store(store.directory, network=False)
+    with pytest.raises(InputDataError, match=r"key: sample s0 is damaged \(image/0/0\): delete the store and run"):
+        damaged.image(0)
+    assert np.array_equal(damaged.image(1), other.image(1))
+    assert list(damaged.damaged()) == ["s0"]
+
+
 def test_damaged_stores_are_refused(tmp_path):
     store = build(tmp_path / "key")
     data = store_data(store.directory)
@@ -201,11 +286,11 @@ def test_damaged_stores_are_refused(tmp_path):
     with pytest.raises(InputDataError, match=r"data.mdb: \d+ bytes, but the manifest says \d+: delete the store"):
         Store(store.directory)
     text = manifest_file(store.directory).read_text()
-    manifest_file(store.directory).write_text(text.replace('"format": 2', '"format": 1'))
-    with pytest.raises(InputDataError, match="a store of format 1, but this version reads format 2: run `stas prepro"):
+    manifest_file(store.directory).write_text(text.replace('"format": 3', '"format": 1'))
+    with pytest.raises(InputDataError, match="a store of format 1, but this version reads format 3: run `stas prepro"):
         Store(store.directory)
-    manifest_file(store.directory).write_text(text.replace('"format": 2', '"form": 2'))
-    with pytest.raises(InputDataError, match="a store of format None, but this version reads format 2"):
+    manifest_file(store.directory).write_text(text.replace('"format": 3', '"form": 3'))
+    with pytest.raises(InputDataError, match="a store of format None, but this version reads format 3"):
         Store(store.directory)
 
 
@@ -236,6 +321,103 @@ def test_a_cut_off_local_copy_is_made_again(tmp_path, monkeypatch):
     copy.parent.mkdir(parents=True)
     copy.write_bytes(b"half")
     assert np.array_equal(Store(tmp_path / "key", network=True).full_mask(1), picture(1)[1])
+
+
+def test_a_local_copy_of_other_bytes_is_not_kept(tmp_path, monkeypatch):
+    """The file server gave other bytes than were written."""
+    monkeypatch.setenv("STAS_CACHE_DIR", str(tmp_path / "local"))
+    store = build(tmp_path / "key")
+    data = bytearray(store_data(store.directory).read_bytes())
+    data[-1] ^= 1
+    store_data(store.directory).write_bytes(data)
+    with pytest.raises(InputDataError, match=r"data\.mdb: damaged: its content does not match the manifest: del"):
+        Store(store.directory, network=True).image(0)
+    assert not list((tmp_path / "local").rglob("*.mdb"))
+
+
+@pytest.mark.parametrize("damage", ["a page number", "a pixel"])
+def test_a_damaged_local_copy_is_made_again(tmp_path, monkeypatch, damage):
+    monkeypatch.setenv("STAS_CACHE_DIR", str(tmp_path / "local"))
+    store = Store(build(tmp_path / "key").directory, network=True)
+    expected = store.image(1)
+    store.close()
+    (copy,) = tmp_path.glob("local/*/key.mdb")
+    data = bytearray(copy.read_bytes())
+    if damage == "a pixel":
+        data[data.index(expected.tobytes()[:64])] ^= 1
+    else:  # the root of both meta pages
+        data[128:136] = data[4096 + 128 : 4096 + 136] = b"\xff" * 8
+    copy.write_bytes(data)
+    if damage == "a pixel":
+        damaged = Store(store.directory, network=True)
+        with pytest.raises(InputDataError, match=r"sample s1 is damaged .*key\.mdb, a copy that is now removed: run"):
+            damaged.image(1)
+        damaged.close()
+    assert np.array_equal(Store(store.directory, network=True).image(1), expected)
+
+
+def foreign(place: Path, how: str) -> None:
+    """A directory in the place of the cache that somebody else could have made."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if how == "a link":
+        (place.parent / "theirs").mkdir(exist_ok=True)
+        place.symlink_to(place.parent / "theirs")
+    elif how == "a file":
+        place.write_text("theirs")
+    else:
+        place.mkdir()
+        place.chmod(0o777)
+
+
+@pytest.mark.parametrize("how", ["a link", "a file", "open to others"])
+def test_a_cache_that_others_can_write_to_is_not_used(tmp_path, monkeypatch, caplog, how):
+    monkeypatch.setenv("STAS_CACHE_DIR", str(tmp_path / "local"))
+    store = build(tmp_path / "key")
+    store.close()
+    cache = tmp_path / "local" / f"stas-{os.geteuid()}"
+    shutil.rmtree(cache, ignore_errors=True)
+    foreign(cache, how)
+    planted = b"\0" * store_data(store.directory).stat().st_size
+    if cache.is_dir():
+        (cache / "key.mdb").write_bytes(planted)
+    assert np.array_equal(Store(store.directory, network=True).full_mask(0), picture(0)[1])
+    assert f"{cache}: not used, because it is a link, another user's, or others can write to it" in caplog.text
+    assert not cache.is_dir() or [path.name for path in cache.iterdir()] == ["key.mdb"]
+    for number in range(2, 10):
+        place = cache.with_name(f"{cache.name}-{number}")
+        shutil.rmtree(place, ignore_errors=True)
+        foreign(place, how)
+    Store(store.directory, network=False).image(0)  # it needs no cache
+    with pytest.raises(UsageError, match="set STAS_CACHE_DIR to a local directory of your own"):
+        Store(store.directory, network=True).image(0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("what", ["the cache", "the copy"])
+def test_what_another_user_owns_is_not_trusted(tmp_path, monkeypatch, what):
+    monkeypatch.setenv("STAS_CACHE_DIR", str(tmp_path / "local"))
+    store = build(tmp_path / "key")
+    store.close()
+    cache = tmp_path / "local" / f"stas-{os.geteuid()}"
+    cache.mkdir(parents=True, exist_ok=True)
+    (cache / "key.mdb").write_bytes(b"\0" * store_data(store.directory).stat().st_size)
+    os.chown(cache if what == "the cache" else cache / "key.mdb", 1234, 1234)
+    assert np.array_equal(Store(store.directory, network=True).full_mask(0), picture(0)[1])
+
+
+def test_a_mark_planted_by_another_does_not_skip_the_check_of_pages(tmp_path, monkeypatch):
+    """A mark of the right name that is a link, as somebody could leave in a cache that was once open to others."""
+    monkeypatch.setenv("STAS_CACHE_DIR", str(tmp_path / "local"))
+    store = build(tmp_path / "key")
+    store.image(0)
+    store.close()
+    (mark,) = tmp_path.glob("local/*/*.checked")
+    mark.unlink()
+    mark.symlink_to(store_data(store.directory))
+    checked: list[Path] = []
+    monkeypatch.setattr("stas.data.store_file._first_problem", checked.append)
+    Store(store.directory, network=False).image(0)
+    assert checked == [store_data(store.directory)]
 
 
 def test_open_store_follows_the_pointer(tmp_path):

@@ -1,13 +1,25 @@
 """The protocol by which directories are published, and whom it refuses to overwrite."""
 
+import errno
+import hashlib
 import json
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from stas.errors import InputDataError, UsageError
 from stas.system import publish
-from stas.system.publish import Output, building, check_replaceable, is_finished, named, read_manifest, write_manifest
+from stas.system.publish import (
+    Output,
+    building,
+    check_replaceable,
+    damage,
+    is_finished,
+    named,
+    read_manifest,
+    write_manifest,
+)
 
 
 def made(directory: Path, key: str = "old", files: str = "a", kind: publish.Kind = "vote") -> Output:
@@ -157,7 +169,70 @@ def test_a_directory_lost_between_two_renames_is_brought_back(tmp_path: Path):
 def test_the_manifest_lists_every_file_with_its_size(tmp_path: Path):
     output = made(tmp_path / "set", files="ab")
     content = json.loads((output.directory / "manifest.json").read_text())
-    assert content == {"format": 2, "kind": "vote", "key": {"from": "old"}, "files": {"a.png": 3, "b.png": 3}}
+    hashed = hashlib.sha256(b"old").hexdigest()
+    assert len(content.pop("checksum")) == 64
+    assert content.pop("sha256") == {"a.png": hashed, "b.png": hashed}
+    assert content == {"format": 3, "kind": "vote", "key": {"from": "old"}, "files": {"a.png": 3, "b.png": 3}}
+
+
+@pytest.mark.parametrize("kind", ["prediction set", "vote", "evaluation"])
+def test_every_bit_flipped_in_a_manifest_is_found(tmp_path: Path, kind: publish.Kind):
+    output = made(tmp_path / "set", kind=kind, files="abcdef")
+    path = output.directory / "manifest.json"
+    whole = path.read_bytes()
+    random = Random(0)
+    for _ in range(1500):
+        data = bytearray(whole)
+        data[random.randrange(len(whole))] ^= 1 << random.randrange(8)
+        path.write_bytes(data)
+        assert not is_finished(output)
+        with pytest.raises(InputDataError, match=str(output.directory)):
+            read_manifest(output.directory, kind)
+        with pytest.raises(UsageError, match="not known to be stas's own"):
+            check_replaceable(output.directory, kind)
+
+
+def test_a_manifest_changed_by_hand_says_so(tmp_path: Path):
+    path = made(tmp_path / "set").directory / "manifest.json"
+    path.write_text(path.read_text().replace('"old"', '"new"'))
+    with pytest.raises(InputDataError, match=r"damaged, or changed by hand: .*: restore it, or move .*set away"):
+        read_manifest(tmp_path / "set", "vote")
+
+
+def test_damage_is_found_in_what_the_files_hold(tmp_path: Path):
+    output = made(tmp_path / "set", files="abcd")
+    assert damage(output.directory, "vote") == []
+    (output.directory / "a.png").write_text("odl")  # of the same size
+    (output.directory / "b.png").write_text("longer")
+    (output.directory / "c.png").unlink()
+    (output.directory / "mine.txt").write_text("mine")
+    found = ["c.png: missing", "mine.txt: added since it was made", "b.png: 6 bytes instead of 3", "a.png: damaged"]
+    assert damage(output.directory, "vote") == found
+
+
+def test_a_file_that_the_disk_does_not_give_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    output = made(tmp_path / "set")
+
+    def failing(path: Path) -> str:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(publish, "sha256", failing)
+    (problem,) = damage(output.directory, "vote")
+    assert problem.startswith("a.png: ") and "Input/output error" in problem
+
+
+def test_a_manifest_that_could_not_be_read_again_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("stas.system.sealed.MAX_JSON_VALUES", 100)
+    few, many = ({"images": {str(number): "hash" for number in range(count)}} for count in (5, 20))
+    with pytest.raises(UsageError, match=r"manifest\.json: would have .*: divide the images among several directories"):
+        write_manifest(tmp_path, Output(tmp_path / "set", "vote", few), images=[{"a": 1}] * 99)
+    assert not list(tmp_path.iterdir())
+    with (
+        pytest.raises(UsageError, match="divide the images among several directories"),
+        building(Output(tmp_path / "set", "vote", many)),
+    ):
+        pytest.fail("the block must not run")
+    assert not list(tmp_path.iterdir())
 
 
 def test_only_ten_cases_are_named():

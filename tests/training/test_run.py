@@ -9,7 +9,8 @@ import torch
 import yaml
 
 from stas.config import Recipe
-from stas.errors import UsageError
+from stas.data.store import open_store
+from stas.errors import InputDataError, UsageError
 from stas.models.checkpoint import save_checkpoint, save_last, take_snapshot
 from stas.paths import RunPaths, Workspace
 from stas.preprocess import preprocess
@@ -80,17 +81,37 @@ def test_another_recipe_is_refused(store_workspace: Workspace, tiny: Recipe):
         assert set_up(changed(tiny, **same), store_workspace, paths, ALONE)[1] == HALFWAY
 
 
-def test_another_store_is_refused(sample: Path, tiny: Recipe, tmp_path: Path):
+def test_a_run_goes_on_with_the_store_it_began_with(
+    sample: Path, tiny: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     workspace, fewer = Workspace(tmp_path / "workspace"), tmp_path / "fewer"
     preprocess([sample / "Train_Images"], [sample / "Train_Annotations"], workspace, tiny.data, workers=1)
     paths = workspace.run("moved")
-    key = saved(tiny, workspace, paths).store.key
+    run = saved(tiny, workspace, paths)
     shutil.copytree(sample, fewer)
     for directory in ("Train_Images", "Train_Annotations"):
         min((fewer / directory).iterdir()).unlink()
     preprocess([fewer / "Train_Images"], [fewer / "Train_Annotations"], workspace, tiny.data, workers=1)
-    with pytest.raises(UsageError, match=rf"trained on store {key}, the newest is .*the data changed"):
+    assert open_store(workspace, tiny.data).key != run.store.key
+    again, state = set_up(tiny, workspace, paths, ALONE)
+    assert (again.store.key, again.training, again.validation) == (run.store.key, run.training, run.validation)
+    assert state == HALFWAY
+    assert f"{run.store.key}: the run goes on with the store that it began with; {workspace.root}" in caplog.text
+    run.store.close()
+    shutil.rmtree(run.store.directory)
+    with pytest.raises(UsageError, match=rf"{run.store.key}: no longer there, .*: make it again by running `stas pre"):
         set_up(tiny, workspace, paths, ALONE)
+    preprocess([sample / "Train_Images"], [sample / "Train_Annotations"], workspace, tiny.data, workers=1)
+    assert set_up(tiny, workspace, paths, ALONE)[0].training == run.training
+
+
+@pytest.mark.parametrize("key", ["../../elsewhere", "", None, 7])
+def test_a_checkpoint_that_names_no_store_is_refused(store_workspace: Workspace, tiny: Recipe, key: object):
+    paths = store_workspace.run("no-store")
+    run, _ = set_up(tiny, store_workspace, paths, ALONE)
+    save_last(paths, take_snapshot(run.network, run.metadata(HALFWAY) | {"store": key}, run.optimizer))
+    with pytest.raises((InputDataError, UsageError), match=r"names no store|no longer there"):
+        set_up(tiny, store_workspace, paths, ALONE)
 
 
 def test_a_run_ends_with_its_epochs_or_its_time():
