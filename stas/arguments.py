@@ -202,7 +202,12 @@ def _add_launch(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "--nodes", type=int, default=1, help="number of nodes, each running this command (default: %(default)s)"
     )
     command.add_argument("--rendezvous", metavar="HOST:PORT", help="address of the node where several nodes meet")
-    command.add_argument("--node", type=int, metavar="INDEX", help="this node's number; 0 is the node where they meet")
+    command.add_argument(
+        "--node",
+        type=int,
+        metavar="INDEX",
+        help="this node's number; 0 is the node where they meet; required for several",
+    )
     command.add_argument("--job", metavar="NAME", help="name that distinguishes this job of several nodes from others")
     command.add_argument("stage", nargs=argparse.REMAINDER, metavar="STAGE ...", help="a stage and its arguments")
 

@@ -93,10 +93,11 @@ def infer(
         output = Output(out, "prediction set", key)
         _check_same_images(output)
         with distributed.entered_by_first(ranks, building(output, PATIENCE, keep=True)) as mine:
-            partial = distributed.broadcast(mine)
-            if partial is None:
+            place = distributed.broadcast(str(mine) if mine else None)
+            if place is None:
                 log.info("%s: the masks of all %d images are there; nothing to do", out, len(files))
                 return out
+            partial = Path(place)
             _predict_share(loaded, recipe, files, partial, options, ranks)
             distributed.barrier()
             if mine:
