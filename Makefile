@@ -15,8 +15,8 @@ install: $(VENV)/installed  ## create the environment in .venv
 
 $(VENV)/installed: requirements-dev.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet -r requirements-dev.lock
-	$(VENV)/bin/pip install --quiet --no-deps --editable .
+	$(VENV)/bin/pip install --quiet --require-hashes --only-binary :all: --requirement requirements-dev.lock
+	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
 demo: install  ## train, vote and score on a generated sample, or on DATA=DIR with Train_Images and Train_Annotations
@@ -47,7 +47,7 @@ lint: install  ## check style and format
 type: install  ## check types
 	$(VENV)/bin/pyright
 
-COMPILE := $(VENV)/bin/uv pip compile pyproject.toml --quiet --no-annotate --no-python-downloads \
+COMPILE := $(VENV)/bin/uv pip compile pyproject.toml --quiet --generate-hashes --no-annotate --no-python-downloads \
 	--custom-compile-command "make lock"
 
 # requirements-dev.lock must use the versions of requirements.lock. The V100 base has one Python on one platform, and

@@ -1,6 +1,7 @@
 #!/bin/sh
 # The image's entry point: `stas launch STAGE ...` as any user, on a root file system that may be read-only.
 set -eu
+trap 'exit 75' TERM # before Python is there to stop early; exec ends the trap
 
 # Library caches go into the workspace, the only place that is sure to be writable.
 cache=${STAS_WORKSPACE:=/workspace}/.cache
@@ -20,8 +21,8 @@ mkdir -p "$HOME" "$MPLCONFIGDIR"
 # getpass and torch's compiler need a user name, and a user who is not in /etc/passwd has none.
 export USER="${USER:-stas}" LOGNAME="${LOGNAME:-stas}"
 
-# exec, so that Python receives SIGTERM.
-set -- python3 -m stas launch "$@"
+# exec, so that Python receives SIGTERM. -P, or a yaml.py in the workspace would be run.
+set -- python3 -P -m stas launch "$@"
 if [ -x /opt/nvidia/nvidia_entrypoint.sh ]; then
     exec /opt/nvidia/nvidia_entrypoint.sh "$@"
 fi

@@ -2,8 +2,9 @@
 
 NVIDIA's images contain a torch built for their own CUDA, which no index has. If a `pip install` replaces it, the image
 is slow or sees no GPU. So the base keeps its packages, above all torch. The lock adds the missing ones with --no-deps,
-and `pip check` and torch itself verify the result. If the base has no torch, the lock's version is installed from a
-separate index, which determines the device that torch supports.
+and `pip check` and torch itself verify the result. What is installed at the lock's version must have one of its hashes;
+a version that the base's own constraints choose has none there. If the base has no torch, the lock's version is
+installed from a separate index, which determines the device that torch supports.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterable, Mapping
 from importlib.metadata import distributions
 from pathlib import Path
@@ -37,16 +39,18 @@ def main() -> None:
     complaints = check()
     torch = torch_identity() if "torch" in base else None
     pins = read_requirements(options.lock.read_text())
+    hashes = read_hashes(options.lock.read_text())
     needs = read_requirements("\n".join(tomllib.loads(options.project.read_text())["project"]["dependencies"]))
     constraints = read_requirements("\n".join(Path(path).read_text() for path in constraint_files(os.environ)))
     print(f"base: {len(base)} packages, torch {torch or 'missing'}, {len(constraints)} constraints", flush=True)
 
     if torch is None:
-        pip_install([pin for pin in pins if name_of(pin) in TORCH], "--index-url", options.torch_index)
-    pip_install(to_install(pins, base, constraints))
+        # Builds for a CPU have other hashes than those on PyPI, which the lock lists.
+        pip_install([pin for pin in pins if name_of(pin) in TORCH], {}, "--index-url", options.torch_index)
+    pip_install(to_install(pins, base, constraints), hashes)
     # Replace a package of the base only if it is too old for the project or the lock.
     if outdated := to_replace(check() - complaints | unmet(needs, installed()), pins):
-        pip_install(outdated)
+        pip_install(outdated, hashes)
 
     if new := check() - complaints | unmet(needs, installed()):
         fail("these packages do not fit together:\n" + "\n".join(sorted(new)) + "\nuse another lock (LOCK) or base")
@@ -110,14 +114,28 @@ def read_requirements(text: str) -> list[Requirement]:
     Other lines (comments, options, bare URLs) are skipped: pip reads constraints itself.
     """
     requirements = []
-    for line in text.splitlines():
+    for line in text.replace("\\\n", " ").splitlines():
         try:
-            requirement = Requirement(line.partition(" #")[0].strip())
+            requirement = Requirement(re.split(" #| --hash", line)[0].strip())
         except InvalidRequirement:
             continue
         if requirement.marker is None or requirement.marker.evaluate():
             requirements.append(requirement)
     return requirements
+
+
+def read_hashes(text: str) -> dict[str, list[str]]:
+    """The hash options of every pin in a lock file, by pin, such as numpy==2.4.6."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return {
+        pin_of(Requirement(line.split(" --hash")[0])): re.findall(r"--hash=\S+", line)
+        for line in lines
+        if " --hash=" in line
+    }
+
+
+def pin_of(requirement: Requirement) -> str:
+    return f"{name_of(requirement)}{requirement.specifier}"
 
 
 def constraint_files(environment: Mapping[str, str]) -> list[str]:
@@ -145,14 +163,28 @@ def check() -> set[str]:
     return set() if done.returncode == 0 else set(done.stdout.splitlines())
 
 
-def pip_install(requirements: Iterable[Requirement], *options: str) -> None:
-    wanted = [str(requirement).partition(";")[0].strip() for requirement in requirements]
-    if not wanted:
-        return
-    print("installing", *wanted, flush=True)
+def pip_install(requirements: Iterable[Requirement], hashes: Mapping[str, list[str]], *options: str) -> None:
+    """Install packages; those that have hashes only if the file has one of them."""
     os.environ["PIP_BREAK_SYSTEM_PACKAGES"] = "1"  # the image is the environment
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-cache-dir"]
-    subprocess.run([*command, "--root-user-action=ignore", *options, *wanted], check=True)
+    wanted = {str(each).partition(";")[0].strip(): hashes.get(pin_of(each), []) for each in requirements}
+    for checked in (True, False):
+        lines = [" ".join([pin, *found]) for pin, found in wanted.items() if bool(found) is checked]
+        if not lines:
+            continue
+        print(
+            "installing",
+            "with hashes:" if checked else "without hashes:",
+            *(line.split()[0] for line in lines),
+            flush=True,
+        )
+        with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+            file.write("\n".join(lines))
+            file.flush()
+            more = ["--require-hashes"] if checked else []
+            subprocess.run(
+                [*command, "--root-user-action=ignore", *more, *options, "--requirement", file.name], check=True
+            )
 
 
 def run(*command: str) -> str:

@@ -18,19 +18,22 @@ trap 'interrupted=yes' TERM
 
 # stage NAME ARGUMENTS...: run `stas launch NAME ARGUMENTS...` once on every node of the job.
 stage() {
-    local options=(--processes "${SLURM_GPUS_ON_NODE:-1}") status=0
+    local options=(--processes "${SLURM_GPUS_ON_NODE:-1}") numbered=() status=0
     # Every GPU that Slurm granted has to be there. Otherwise train and infer would spend the walltime on a CPU.
     [[ -z ${SLURM_GPUS_ON_NODE:-} ]] || options+=(--gpus "${GPUS:-$SLURM_GPUS_ON_NODE}")
     if ((SLURM_JOB_NUM_NODES > 1)); then
         # This shell runs on the job's first node. A restarted job must not join leftovers of its previous run.
         options+=(--nodes "$SLURM_JOB_NUM_NODES" --rendezvous "$(hostname):$((20000 + SLURM_JOB_ID % 20000))"
-            --job "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}")
+            --job "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" --node @node)
+        # Each node learns its own number only from srun.
+        # shellcheck disable=SC2016
+        numbered=(bash -c 'exec "${@/#@node/$SLURM_NODEID}"' "$1")
     fi
     mkdir -p "$WORKSPACE"
     runtime
     [[ $cut_off = no ]] || resume_later "$1" "$EXIT_RESUMABLE" # the warning came between two stages
     srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
-        --kill-on-bad-exit=0 "${container[@]}" "${launch[@]}" "${options[@]}" "$@" &
+        --kill-on-bad-exit=0 "${container[@]}" "${numbered[@]}" "${launch[@]}" "${options[@]}" "$@" &
     step=$!
     [[ $cut_off = no ]] || kill -USR1 "$step" 2>/dev/null || true # the warning came before `step` was set
     wait "$step" || status=$?

@@ -304,7 +304,10 @@ def _add_launch(stages: "argparse._SubParsersAction[_Parser]") -> None:
         "--rendezvous", type=word, metavar="HOST:PORT", help="where several nodes meet: the address of node 0"
     )
     command.add_argument(
-        "--node", type=number(0), metavar="INDEX", help="this node's number; 0 is the node where they meet"
+        "--node",
+        type=number(0),
+        metavar="INDEX",
+        help="this node's number; 0 is the node where they meet; required for several",
     )
     command.add_argument(
         "--job", type=word, metavar="NAME", help="name that distinguishes this job of several nodes from others"

@@ -110,10 +110,11 @@ def infer(
         if not is_finished(output):
             check_own_files(out, output.kind)
         with distributed.entered_by_first(ranks, building(output, PATIENCE, keep=True)) as mine:
-            partial = distributed.broadcast(mine)
-            if partial is None:
+            place = distributed.broadcast(str(mine) if mine else None)
+            if place is None:
                 log.info("%s: the masks of all %d images are there; nothing to do", out, len(files))
                 return out
+            partial = Path(place)
             _predict_share(loaded, recipe, files, partial, key, ranks)
             distributed.barrier()
             if mine:

@@ -4,16 +4,21 @@ torchrun is started only here. It hides its workers' exit codes, so every rank l
 """
 
 import logging
+import math
 import os
 import signal
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
-from types import FrameType
 from typing import Literal
 
+import psutil
+
+import stas
 from stas.errors import (
     EXIT_BAD_INPUT,
     EXIT_FAILED,
@@ -21,12 +26,12 @@ from stas.errors import (
     EXIT_RESUMABLE,
     EXIT_USAGE,
     MachineError,
-    StoppedEarly,
     UsageError,
 )
 from stas.paths import STATUS_DIRECTORY
 from stas.system.printing import complain
 from stas.system.resources import cores
+from stas.system.stop import SIGNALS, check_stop, listen, stop_asked
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +42,16 @@ SHUTDOWN_TIMEOUT = 120
 # Seconds the other ranks get to exit after one has died: to log why and to finish a checkpoint.
 # torchrun gives them 30, or any amount of time if that rank only failed.
 BEREAVED_TIMEOUT = 20
+# Seconds torchrun gets to end after a signal when no rank is left: it may be waiting for other nodes inside torch.
+LONELY_TIMEOUT = 10
+# What a rank runs: not `-m`, with which the current directory could replace any library. The code is the launcher's.
+RANK = """\
+import sys
+root = {root!r}
+sys.path[:] = [*([] if root in sys.path else [root]), *filter(None, sys.path)]
+from {entry} import main
+sys.exit(main())
+"""
 
 
 def launch(
@@ -60,8 +75,7 @@ def launch(
         nodes: number of nodes in the job; each runs this same command.
         rendezvous: host:port of the node where they meet; required for several nodes.
         job: a name that distinguishes this job from others at the same rendezvous; required for several nodes.
-        node: this node's number, from 0, if the launcher knows it; node 0 is the one in `rendezvous`. If None,
-            torchrun compares host names and addresses, which a cluster's DNS may not know yet.
+        node: this node's number, from 0; node 0 is the one in `rendezvous`. Required for several nodes.
         gpus: GPUs of this node that `train` and `infer` must find, one per rank; "all" means as many as there are, at
             least one; 0 means the CPU; None means GPUs if there are any.
 
@@ -70,27 +84,30 @@ def launch(
 
     Raises:
         MachineError: fewer GPUs than `gpus`.
-        StoppedEarly: SIGTERM or SIGUSR1 arrived before the stage could handle it.
-        UsageError: several nodes without `rendezvous` and `job`.
+        StoppedEarly: SIGTERM or SIGUSR1 arrived before the stage or its ranks started.
+        TrainingError: other nodes did not come, or the port is in use.
+        UsageError: several nodes without `rendezvous`, `job` and `node`.
     """
-    if nodes > 1 and not (rendezvous and job):
-        raise UsageError(f"{nodes} nodes need --rendezvous HOST:PORT and --job NAME, the same on all of them")
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGUSR1, _stop)
+    if nodes > 1 and not (rendezvous and job and node is not None):
+        raise UsageError(
+            f"{nodes} nodes need --rendezvous HOST:PORT and --job NAME, the same on all of them, and each its own "
+            f"--node INDEX, from 0 to {nodes - 1}"
+        )
+    listen()
     if not stage or stage[0] not in RANKED:
         return run(stage)
     count = _ranks(processes, gpus)
+    check_stop()
     if gpus is not None:
         stage = [stage[0], "--device", "cuda" if gpus else "cpu", *stage[1:]]
     if count * nodes == 1:
         return run(stage)
     check(stage)
-    place = ["--standalone"]
-    if rendezvous and job:
-        place = ["--rdzv-backend", "c10d", "--rdzv-endpoint", rendezvous, "--rdzv-id", job]
-    if node is not None:
-        place += ["--rdzv-conf", f"is_host={str(node == 0).lower()}"]
-    return _torchrun(["--nnodes", str(nodes), "--nproc-per-node", str(count), *place], stage, count)
+    place = ["127.0.0.1:0", "--rdzv-id", "launch"] if nodes == 1 else [str(rendezvous), "--rdzv-id", str(job)]
+    meeting = ["--rdzv-backend", "stas", "--rdzv-conf", f"node={node or 0}", "--rdzv-endpoint", *place]
+    if nodes == 1:  # nobody outside needs to reach the ranks
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return _torchrun(["--nnodes", str(nodes), "--nproc-per-node", str(count), *meeting], stage, count)
 
 
 def _ranks(processes: int | None, gpus: int | Literal["all"] | None) -> int:
@@ -126,36 +143,76 @@ def worst_exit_code(codes: Sequence[int | None], stopped: bool) -> int:
 
 
 def _torchrun(options: list[str], stage: Sequence[str], count: int) -> int:
-    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import get_args_parser, parse_args
+    from torch.distributed.run import parse_args
     from torch.distributed.run import run as torchrun
 
+    from stas.system.rendezvous import register
+
+    check_stop()
+    register()
+    listen(signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     # torchrun's default of one thread per rank would leave half of the cores idle.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
-    if "--shutdown-timeout" in get_args_parser().format_help():  # older versions wait 30 seconds
-        options = [*options, "--shutdown-timeout", str(SHUTDOWN_TIMEOUT)]
-    # torchrun handles SIGTERM once it has started the ranks. Treat SIGUSR1, Slurm's warning, the same way.
-    signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    stopped = False
+    failures: list[BaseException] = []
+
+    def run_ranks() -> None:
+        try:
+            torchrun(parse_args([*options, "--no-python", "--", *_rank_command(stage)]))
+        except BaseException as error:
+            failures.append(error)
+
     with tempfile.TemporaryDirectory(prefix="stas-status-") as directory:
         os.environ[STATUS_DIRECTORY] = directory
         over = Event()
         watch = Thread(target=_kill_stuck_ranks, args=(Path(directory), over), daemon=True)
         watch.start()
-        try:
-            # "--" keeps torchrun from reading the stage's options as its own.
-            torchrun(parse_args([*options, "-m", "--", "stas", *stage]))
-        except (SignalException, StoppedEarly):
-            stopped = True
-        except ChildFailedError as error:
-            complain(error)
-        finally:
-            del os.environ[STATUS_DIRECTORY]  # only the ranks need it
-            over.set()
-            watch.join()
+        # Not in the main thread: there torchrun would answer signals by an exception wherever it is, also between
+        # starting a rank and remembering it.
+        agent = Thread(target=run_ranks, daemon=True)
+        agent.start()
+        _pass_on_signals(agent)
+        del os.environ[STATUS_DIRECTORY]  # only the ranks need it
+        over.set()
+        watch.join()
         codes: list[int | None] = [int(code) for path in Path(directory).iterdir() if (code := path.read_text())]
-    return worst_exit_code(codes + [None] * (count - len(codes)), stopped)
+    failure = failures[0] if failures else None
+    if failure and not isinstance(failure, ChildFailedError):
+        raise failure
+    stopped = stop_asked() or (failure is not None and -failure.get_first_failure()[1].exitcode in SIGNALS)
+    code = worst_exit_code(codes + [None] * (count - len(codes)), stopped)
+    if failure and code not in (EXIT_OK, EXIT_RESUMABLE):
+        complain(failure)
+    if agent.is_alive():  # nothing can interrupt it
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _rank_command(stage: Sequence[str]) -> list[str]:
+    """A rank's command line. A signal simply ends a rank of `infer`, whose masks are each complete or not there."""
+    entry = "stas.__main__" if stage[0] == "train" else "stas.cli"
+    root = str(Path(stas.__path__[0]).resolve().parent)
+    return [sys.executable, "-u", "-c", RANK.format(root=root, entry=entry), *stage]
+
+
+def _pass_on_signals(agent: Thread) -> None:
+    """Wait for torchrun. Once a signal has arrived, pass it on to every rank, also to those that start only now."""
+    told: set[int] = set()
+    end = lonely = math.inf
+    while agent.is_alive() and time.monotonic() < lonely:
+        agent.join(0.1)
+        if not stop_asked():
+            continue
+        now = time.monotonic()
+        end = min(end, now + SHUTDOWN_TIMEOUT)
+        ranks = {child.pid for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE}
+        lonely = math.inf if ranks else min(lonely, now + LONELY_TIMEOUT)
+        for rank in ranks if now > end else ranks - told:
+            with suppress(ProcessLookupError):
+                os.kill(rank, signal.SIGKILL if now > end else signal.SIGTERM)
+        told |= ranks
 
 
 def _kill_stuck_ranks(status: Path, over: Event) -> None:
@@ -195,7 +252,3 @@ def _gpus() -> int:
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise StoppedEarly(f"stopped by {signal.Signals(number).name}; run the same command again to resume")

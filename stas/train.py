@@ -27,6 +27,7 @@ from stas.system import distributed
 from stas.system.files import append_json_line
 from stas.system.locks import PATIENCE, lock
 from stas.system.resources import GIB, usage
+from stas.system.stop import SIGNALS, stop_asked
 from stas.system.threads import bar, prefetch
 from stas.training.curves import draw_curves
 from stas.training.loader import Batch, epoch_batches, steps_per_epoch
@@ -179,7 +180,8 @@ def _train_epoch(
     )
     seen = 0
     run.parallel.train()
-    for batch in bar(prefetch(batches), steps - state.step, f"epoch {state.epoch + 1}", show=ranks.first):
+    # All ranks stop at the same step, so they look at `stop` themselves.
+    for batch in bar(prefetch(batches), steps - state.step, f"epoch {state.epoch + 1}", show=ranks.first, stops=False):
         stopping, due, spent = train_step(run, state, batch.to(ranks.device), steps, stop, clock)
         seen += batch.total
         if stopping:
@@ -332,12 +334,13 @@ def _explain_out_of_memory(run: TrainingRun) -> Iterator[None]:
 
 @contextmanager
 def _stop_signal() -> Iterator[Event]:
-    """An event that SIGTERM and SIGUSR1 set. Training and validation check it, together with all ranks."""
+    """An event that SIGTERM and SIGUSR1 set, or have set. Training and validation check it, together with all ranks."""
     stop = Event()
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
-    before = [signal.signal(number, lambda *_: stop.set()) for number in numbers]
+    before = [signal.signal(number, lambda *_: stop.set()) for number in SIGNALS]
+    if stop_asked():  # while torch was imported, say
+        stop.set()
     try:
         yield stop
     finally:
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in zip(SIGNALS, before, strict=True):
             signal.signal(number, handler)

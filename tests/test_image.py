@@ -1,5 +1,6 @@
 """The image: its packages, and every stage in real containers that can write only to their mounts."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -139,7 +140,7 @@ def test_the_entry_point_sets_every_cache_and_becomes_python(tmp_path: Path):
     with subprocess.Popen(["sh", DOCKER / "entrypoint.sh", "vote", "a b"], env=clean, stdout=subprocess.PIPE) as entry:
         assert entry.stdout
         first, *rest = entry.stdout.read().decode().splitlines()
-    assert first == f"{entry.pid} -m stas launch vote a b", "not the process that gets the signals"
+    assert first == f"{entry.pid} -P -m stas launch vote a b", "not the process that gets the signals"
     found = dict(line.split("=", 1) for line in rest if "=" in line)
     caches = ("HOME", "XDG_CACHE_HOME", "HF_HOME", "TORCH_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
     for name in (*caches, "MPLCONFIGDIR"):
@@ -343,7 +344,7 @@ def test_sigterm_ends_training_with_75_and_the_same_command_resumes(
     try:
         wait_until(lambda: metrics.is_file() and len(read_metrics(metrics)) >= 2, f"two epochs of {name}")
         first = podman("exec", name, "cat", "/proc/1/cmdline").stdout.split("\0")
-        assert first[1:4] == ["-m", "stas", "launch"], "Python is not the process that gets the signal"
+        assert first[1:5] == ["-P", "-m", "stas", "launch"], "Python is not the process that gets the signal"
         podman("stop", "--time", int(PATIENCE), name, timeout=2 * PATIENCE)  # then it would be killed
         assert podman("wait", name).stdout.strip() == str(EXIT_RESUMABLE), podman("logs", name).stderr
         assert "stopped in epoch" in podman("logs", name).stderr, "torchrun killed the ranks"
@@ -436,3 +437,47 @@ def test_a_code_change_leaves_the_packages_layer(image: str, inspected: dict, ba
     # lock, needs, packages, scripts; then the code and its bytecode
     assert same == len(layers[base_image]) + 4
     assert len(layers[name]) >= same + 2
+
+
+HASH = re.compile(r"--hash=sha256:[0-9a-f]{64}$", re.MULTILINE)
+
+
+@pytest.mark.parametrize("lock", ["requirements.lock", "requirements-dev.lock", "docker/v100.lock"])
+def test_every_pin_has_a_hash(lock: str):
+    entries = [entry for entry in re.split(r"\n(?=\S)", (ROOT / lock).read_text()) if not entry.startswith("#")]
+    assert len(entries) > 50
+    assert not [entry.split()[0] for entry in entries if "==" not in entry or not HASH.search(entry.replace(" \\", ""))]
+
+
+def test_make_install_wants_the_hashes():
+    lines = [line for line in (ROOT / "Makefile").read_text().splitlines() if "bin/pip install" in line]
+    assert len(lines) == 2
+    assert "--require-hashes --only-binary :all:" in lines[0]
+    assert "--no-deps --no-build-isolation" in lines[1], "or pip would fetch whatever setuptools is newest"
+
+
+def test_a_package_with_another_hash_is_not_installed(tmp_path: Path, capfd):
+    wheel = tmp_path / "index" / "surprise-1.0-py3-none-any.whl"
+    wheel.parent.mkdir()
+    info = "surprise-1.0.dist-info"
+    with zipfile.ZipFile(wheel, "w") as file:
+        file.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: surprise\nVersion: 1.0\n")
+        file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(f"{info}/RECORD", "")
+    options = ["--no-index", "--find-links", str(wheel.parent), "--target", str(tmp_path / "site")]
+    right = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    for digest, fits in [("0" * 64, False), (right, True)]:
+        text = f"surprise==1.0 \\\n    --hash=sha256:{digest}\n"
+        wanted, hashes = install.read_requirements(text), install.read_hashes(text)
+        if fits:
+            install.pip_install(wanted, hashes, *options)
+        else:
+            with pytest.raises(subprocess.CalledProcessError):
+                install.pip_install(wanted, hashes, *options)
+            assert "DO NOT MATCH THE HASHES" in capfd.readouterr().err
+        assert (tmp_path / "site" / info).exists() is fits
+
+
+def test_actions_are_pinned_by_commit():
+    used = re.findall(r"uses: (\S+)", (ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert used and all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", action) for action in used), used

@@ -92,6 +92,7 @@ def test_a_wrong_option_of_a_stage_of_several_ranks_is_exit_code_2():
 def test_several_nodes_need_a_place_to_meet():
     done = stas("launch", "--nodes", 2, "train", "--recipe", "lite0", "--workspace", "w")
     assert done.returncode == EXIT_USAGE and "--rendezvous HOST:PORT" in done.stderr
+    assert "--node INDEX, from 0 to 1" in done.stderr
 
 
 @pytest.mark.slow

@@ -89,7 +89,7 @@ def test_torchrun_starts_in_one_file():
 
 
 def test_every_launcher_ends_in_the_same_entry_point():
-    assert "python3 -m stas launch" in (ROOT / "docker" / "entrypoint.sh").read_text()
+    assert "python3 -P -m stas launch" in (ROOT / "docker" / "entrypoint.sh").read_text()
     assert 'ENTRYPOINT ["/usr/local/bin/entrypoint.sh"]' in (ROOT / "docker" / "Dockerfile").read_text()
     slurm = (ROOT / "slurm" / "job.sh").read_text()
     assert re.search(r"bare\) launch=\(stas launch\)", slurm) and "entry=/usr/local/bin/entrypoint.sh" in slurm

@@ -1,11 +1,12 @@
 """Ranks: the only reader of torchrun's variables, and the collectives that we use."""
 
+import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -140,16 +141,23 @@ def gather(value: float) -> list[float]:
 
 
 def gather_objects(value: T) -> list[T]:
-    """Every rank's value, of any type that can be pickled, in rank order. Slow: for rare events."""
+    """Every rank's value, which JSON can hold, in rank order. Slow: for rare events.
+
+    Not torch's `all_gather_object`: that unpickles what comes over the network, and a pickle can run commands.
+    """
     if not dist.is_initialized():
         return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+    said = json.dumps(value).encode()
+    lengths = [int(length) for length in gather(len(said))]
+    mine = torch.zeros(max(lengths), dtype=torch.uint8)
+    mine[: len(said)] = torch.frombuffer(bytearray(said), dtype=torch.uint8)
+    every = [torch.zeros_like(mine) for _ in lengths]
+    dist.all_gather(every, mine)
+    return [json.loads(bytes(one[:length].tolist())) for one, length in zip(every, lengths, strict=True)]
 
 
 def broadcast(value: T) -> T:
-    """The first rank's value, on all ranks; values from the others are ignored. Slow: for rare events."""
+    """The first rank's value, which JSON can hold, on all ranks; values from the others are ignored. Slow."""
     return gather_objects(value)[0]
 
 

@@ -33,6 +33,7 @@ from pathlib import Path
 
 from stas.errors import StoppedEarly
 from stas.system.files import named_errors
+from stas.system.stop import check_stop
 
 log = logging.getLogger(__name__)
 # When this process first saw a heartbeat: a lock dated in the future (a clock was set back) would never look old.
@@ -122,7 +123,7 @@ def lock(path: Path, patience: float = math.inf) -> Iterator[Lock]:
 
     Raises:
         StoppedEarly: the holder is still alive after `patience` (the message says host, process and since when), or the
-            lock was lost during the block and the block failed.
+            lock was lost during the block and the block failed, or a signal asked this process to stop while it waited.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     mine = _me()
@@ -142,6 +143,7 @@ def _wait(path: Path, mine: Holder, patience: float) -> None:
     began = logged = time.monotonic()
     pause = 0.02
     while not _claim(path, mine):
+        check_stop()
         holder = _read(path)
         waited = time.monotonic() - began
         if holder and waited >= patience:

@@ -10,6 +10,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from stas.system.resources import cores
+from stas.system.stop import check_stop
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -17,10 +18,17 @@ Result = TypeVar("Result")
 PREFETCHED = 2  # items prepared in advance by default
 
 
-def bar(items: Iterable[T], total: int, description: str, show: bool = True) -> Iterable[T]:
-    """Iterate over `items` with a temporary progress bar; no bar unless `show` is set and stderr is a terminal."""
+def bar(items: Iterable[T], total: int, description: str, show: bool = True, stops: bool = True) -> Iterator[T]:
+    """Iterate over `items` with a temporary progress bar; no bar unless `show` is set and stderr is a terminal.
+
+    Raises:
+        StoppedEarly: before an item, if a signal asked this process to stop; never if `stops` is unset.
+    """
     disable = None if show else True  # None: tqdm checks whether stderr is a terminal
-    return tqdm(items, description, total, leave=False, disable=disable, dynamic_ncols=True)
+    for item in tqdm(items, description, total, leave=False, disable=disable, dynamic_ncols=True):
+        if stops:
+            check_stop()
+        yield item
 
 
 def in_threads(
@@ -34,8 +42,11 @@ def in_threads(
         task: the progress bar's label.
         workers: number of threads; by default one per core that this process may use.
     """
-    with ThreadPoolExecutor(workers or cores()) as pool:
+    pool = ThreadPoolExecutor(workers or cores())
+    try:
         return list(bar(pool.map(function, items), len(items), task))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
