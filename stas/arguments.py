@@ -204,6 +204,13 @@ def _add_launch(stages: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     command.add_argument("--rendezvous", metavar="HOST:PORT", help="address of the node where several nodes meet")
     command.add_argument("--node", type=int, metavar="INDEX", help="this node's number; 0 is the node where they meet")
     command.add_argument("--job", metavar="NAME", help="name that distinguishes this job of several nodes from others")
+    command.add_argument(
+        "--stalled-after",
+        type=seconds,
+        default="20m",
+        metavar="TIME",
+        help="end all ranks if one makes no progress for this long (default: %(default)s)",
+    )
     command.add_argument("stage", nargs=argparse.REMAINDER, metavar="STAGE ...", help="a stage and its arguments")
 
 

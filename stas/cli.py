@@ -90,6 +90,7 @@ def _launch(options: argparse.Namespace) -> int:
         rendezvous=options.rendezvous,
         job=options.job,
         node=options.node,
+        stalled_after=options.stalled_after,
     )
 
 

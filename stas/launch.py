@@ -16,6 +16,7 @@ from types import FrameType
 
 from stas.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, EXIT_RESUMABLE, EXIT_USAGE, StoppedEarly, UsageError
 from stas.paths import STATUS_DIRECTORY
+from stas.system.heartbeat import STALLED_AFTER, hung_ranks_ended
 from stas.system.resources import cores
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ def launch(
     rendezvous: str | None = None,
     job: str | None = None,
     node: int | None = None,
+    stalled_after: float = STALLED_AFTER,
 ) -> int:
     """Run one stage; `train` and `infer` run as one process per GPU on every node.
 
@@ -51,6 +53,7 @@ def launch(
         job: a name that distinguishes this job from others at the same rendezvous; required for several nodes.
         node: this node's number, from 0, if the launcher knows it; node 0 is the one in `rendezvous`. If None,
             torchrun compares host names and addresses, which a cluster's DNS may not know yet.
+        stalled_after: seconds without progress after which a rank counts as hung, and all ranks are ended.
 
     Returns:
         The stage's exit code; for several ranks, their `worst_exit_code`.
@@ -74,7 +77,8 @@ def launch(
         place = ["--rdzv-backend", "c10d", "--rdzv-endpoint", rendezvous, "--rdzv-id", job]
     if node is not None:
         place += ["--rdzv-conf", f"is_host={str(node == 0).lower()}"]
-    return _torchrun(["--nnodes", str(nodes), "--nproc-per-node", str(count), *place], stage, count)
+    with hung_ranks_ended(stalled_after, nodes, _ended):
+        return _torchrun(["--nnodes", str(nodes), "--nproc-per-node", str(count), *place], stage, count)
 
 
 def worst_exit_code(codes: Sequence[int | None], stopped: bool) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 from stas.errors import UsageError
 
 STATUS_DIRECTORY = "STAS_STATUS_DIR"
+HEARTBEAT_DIRECTORY = "STAS_HEARTBEAT_DIR"
 VOTE = "vote"  # name of an ensemble's vote among the prediction sets
 PLAIN_NAME = "[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}"  # of a run, a store, a set or a label: it cannot leave a directory
 
@@ -126,6 +127,12 @@ def status_file() -> Path | None:
     """This process's file in STAS_STATUS_DIR; `stas launch` reads the exit code from it."""
     value = os.environ.get(STATUS_DIRECTORY)
     return Path(value) / str(os.getpid()) if value else None
+
+
+def heartbeat_file(rank: int) -> Path | None:
+    """This rank's file in STAS_HEARTBEAT_DIR, in which `stas launch` sees its progress."""
+    value = os.environ.get(HEARTBEAT_DIRECTORY)
+    return Path(value) / f"{rank}.{os.getpid()}" if value else None
 
 
 def check_name(what: str, name: str) -> str:

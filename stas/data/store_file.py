@@ -12,7 +12,6 @@ import fcntl
 import hashlib
 import logging
 import os
-import shutil
 import tempfile
 import threading
 from pathlib import Path
@@ -22,6 +21,7 @@ from lmdb.verify import VerifyError, verify
 
 from stas.errors import InputDataError, UsageError
 from stas.paths import cache_directory
+from stas.system import heartbeat
 from stas.system.files import atomic_write, remove_leftovers
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,8 @@ def local_copy(data: Path, key: str, size: int) -> Path:
     cache = _cache()
     copy = cache.resolve() / f"{key}.mdb"
     with (cache / f"{key}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # all ranks of a node arrive together, and one copy is enough
+        with heartbeat.waiting():
+            fcntl.flock(lock, fcntl.LOCK_EX)  # all ranks of a node arrive together, and one copy is enough
         if not copy.is_file() or copy.stat().st_size != size:
             log.info("copying %s to %s, because LMDB must not read from a network file system", data, copy)
             remove_leftovers(cache, f".{copy.name}.*.tmp")
@@ -99,7 +100,9 @@ def local_disk() -> Path:
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file sequentially and atomically."""
     with source.open("rb") as file, atomic_write(target) as copy:
-        shutil.copyfileobj(file, copy, COPY_BLOCK)
+        while block := file.read(COPY_BLOCK):
+            copy.write(block)
+            heartbeat.beat()
 
 
 def _open(file: Path) -> lmdb.Environment:

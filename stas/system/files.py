@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from stas.errors import InputDataError
+from stas.system.heartbeat import beat
 from stas.system.untrusted import MAX_JSON_BYTES, check_file, parse_json, read_bounded
 
 SYNCED_AT_ONCE = 16
@@ -169,4 +170,5 @@ def sha256(path: Path, most: int = sys.maxsize) -> str:
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+            beat()
     return digest.hexdigest()

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from stas.system.heartbeat import beat
 from stas.system.resources import cores
 
 T = TypeVar("T")
@@ -17,10 +18,15 @@ Result = TypeVar("Result")
 PREFETCHED = 2  # items prepared in advance by default
 
 
-def bar(items: Iterable[T], total: int, description: str, show: bool = True) -> Iterable[T]:
-    """Iterate over `items` with a temporary progress bar; no bar unless `show` is set and stderr is a terminal."""
+def bar(items: Iterable[T], total: int, description: str, show: bool = True) -> Iterator[T]:
+    """Iterate over `items` with a temporary progress bar; no bar unless `show` is set and stderr is a terminal.
+
+    Each item is progress for the launcher, too.
+    """
     disable = None if show else True  # None: tqdm checks whether stderr is a terminal
-    return tqdm(items, description, total, leave=False, disable=disable, dynamic_ncols=True)
+    for item in tqdm(items, description, total, leave=False, disable=disable, dynamic_ncols=True):
+        beat()
+        yield item
 
 
 def in_threads(
