@@ -101,8 +101,11 @@ class Walk:
 
     def some(self, kinds: int, most: int, least: int = 0) -> list[int]:
         """The numbers of at most so many calls, evenly spread from the first to the last; few if the stage is slow."""
-        count, most = self.count(kinds, least), min(most, self.scenario.most or most)
-        return sorted({1 + round(index * (count - 1) / max(1, most - 1)) for index in range(min(most, count))})
+        count = self.count(kinds, least)
+        tried = min(count, most, self.scenario.most or most)
+        numbers = sorted({1 + round(index * (count - 1) / max(1, tried - 1)) for index in range(tried)})
+        assert len(numbers) == tried
+        return numbers
 
     def survives_all(self, tried: Iterable[Fault], words: str = "") -> None:
         """Try faults one after the other; fail at the end if any was not survived, with the first of them."""
