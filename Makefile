@@ -29,8 +29,8 @@ test: install  ## run all tests in random order; cluster tests run even if the o
 quick: install  ## run the tests that take seconds
 	$(VENV)/bin/pytest -m "not slow and not cluster and not chaos"
 
-chaos: install  ## kill every stage, or fail its disk, at every file operation; takes long
-	$(VENV)/bin/pytest -n auto -m chaos -rs
+chaos: install  ## kill every stage, or fail its disk or memory, at every call; takes half an hour
+	$(VENV)/bin/pytest -n auto -m chaos -rsP
 
 fuzz: install  ## test every reader with 10,000 hostile files each (EXAMPLES=...); takes half an hour
 	FUZZ_EXAMPLES=$(or $(EXAMPLES),10000) $(VENV)/bin/pytest -n auto -rP tests/test_hostile.py

@@ -312,6 +312,13 @@ def _add_launch(stages: "argparse._SubParsersAction[_Parser]") -> None:
     command.add_argument(
         "--job", type=word, metavar="NAME", help="name that distinguishes this job of several nodes from others"
     )
+    command.add_argument(
+        "--stalled-after",
+        type=seconds,
+        default="20m",
+        metavar="TIME",
+        help="end all ranks if one makes no progress for this long (default: %(default)s)",
+    )
     command.add_argument("stage", nargs=argparse.REMAINDER, metavar="STAGE ...", help="a stage and its arguments")
 
 

@@ -104,6 +104,7 @@ def _launch(options: argparse.Namespace) -> int:
         rendezvous=options.rendezvous,
         job=options.job,
         node=options.node,
+        stalled_after=options.stalled_after,
     )
 
 

@@ -29,6 +29,7 @@ from stas.errors import (
     UsageError,
 )
 from stas.paths import STATUS_DIRECTORY
+from stas.system.heartbeat import STALLED_AFTER, hung_ranks_ended
 from stas.system.printing import complain
 from stas.system.resources import cores
 from stas.system.stop import SIGNALS, check_stop, listen, stop_asked
@@ -64,6 +65,7 @@ def launch(
     job: str | None = None,
     node: int | None = None,
     gpus: int | Literal["all"] | None = None,
+    stalled_after: float = STALLED_AFTER,
 ) -> int:
     """Run one stage; `train` and `infer` run as one process per GPU on every node.
 
@@ -78,6 +80,7 @@ def launch(
         node: this node's number, from 0; node 0 is the one in `rendezvous`. Required for several nodes.
         gpus: GPUs of this node that `train` and `infer` must find, one per rank; "all" means as many as there are, at
             least one; 0 means the CPU; None means GPUs if there are any.
+        stalled_after: seconds without progress after which a rank counts as hung, and all ranks are ended.
 
     Returns:
         The stage's exit code; for several ranks, their `worst_exit_code`.
@@ -107,7 +110,8 @@ def launch(
     meeting = ["--rdzv-backend", "stas", "--rdzv-conf", f"node={node or 0}", "--rdzv-endpoint", *place]
     if nodes == 1:  # nobody outside needs to reach the ranks
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    return _torchrun(["--nnodes", str(nodes), "--nproc-per-node", str(count), *meeting], stage, count)
+    with hung_ranks_ended(stalled_after, nodes, _ended):
+        return _torchrun(["--nnodes", str(nodes), "--nproc-per-node", str(count), *meeting], stage, count)
 
 
 def _ranks(processes: int | None, gpus: int | Literal["all"] | None) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 from stas.errors import UsageError
 
 STATUS_DIRECTORY = "STAS_STATUS_DIR"
+HEARTBEAT_DIRECTORY = "STAS_HEARTBEAT_DIR"
 VOTE = "vote"  # name of an ensemble's vote among the prediction sets
 MAX_NEW_NAME = 200  # bytes in the name of an output: file systems take 255, and temporary names are longer
 MAX_PATH = 3000  # characters; Linux takes 4096 bytes
@@ -134,6 +135,12 @@ def status_file() -> Path | None:
     """This process's file in STAS_STATUS_DIR; `stas launch` reads the exit code from it."""
     value = os.environ.get(STATUS_DIRECTORY)
     return Path(value) / str(os.getpid()) if value else None
+
+
+def heartbeat_file(rank: int) -> Path | None:
+    """This rank's file in STAS_HEARTBEAT_DIR, in which `stas launch` sees its progress."""
+    value = os.environ.get(HEARTBEAT_DIRECTORY)
+    return Path(value) / f"{rank}.{os.getpid()}" if value else None
 
 
 def check_given(name: str, longest: int = 255) -> Path:

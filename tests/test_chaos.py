@@ -1,9 +1,14 @@
-"""Stages killed, or refused by the disk, at every file operation: the old or the new result is left, and the next start
-ends with the same bytes. By default only a few operations are tried; `make chaos` tries all of them."""
+"""Stages killed at every file operation, or whose writes, syncs, reads or allocations fail, once or from then on: the
+old or the new result is left, a message says what happened, and the next start ends with the same bytes.
+
+By default only a few operations are tried; `make chaos` tries all of them."""
 
 import json
+import re
 import shutil
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +38,11 @@ from stas.system.locks import lock
 from stas.train import train
 from stas.training.metrics_log import MetricsLog, read_metrics
 from stas.vote import vote
-from tests.support.chaos import Scenario, Walk, why_no_strace
+from tests.support.chaos import Scenario, Walk
+from tests.support.faults import CHANGE, MEMORY, READ, SYNC, Fault, Injector, library, why_no_faults
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_no_strace()), reason=why_no_strace())]
-STEPS = 5  # per scenario, unless all are tried
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_no_faults()), reason=why_no_faults())]
+FEW, ALL = 5, 10_000  # faults per scenario
 
 
 def snapshot(epoch: int):
@@ -127,8 +133,8 @@ def scenarios(two_images: Path, trained: RunPaths, store_workspace: Workspace, t
 
     def nothing(root: Path) -> None: ...
 
-    def make_store(root: Path) -> None:
-        preprocess([images], [annotations], Workspace(root), recipe.data, masks=root / "masks", workers=1)
+    def make_store(root: Path, workers: int = 1) -> None:
+        preprocess([images], [annotations], Workspace(root), recipe.data, masks=root / "masks", workers=workers)
 
     def make_other_store(root: Path) -> None:
         other = root / "other"
@@ -195,28 +201,32 @@ def scenarios(two_images: Path, trained: RunPaths, store_workspace: Workspace, t
             metrics_cover_whole_epochs,
             exact=False,
         ),
-        "store": Scenario(nothing, make_store, stores),
-        "changed store": Scenario(make_other_store, make_store, stores),
-        "predictions": Scenario(with_run, predict, sets),
-        "newer predictions": Scenario(with_predictions, predict, sets),
+        "store": Scenario(nothing, make_store, stores, inputs=two_images),
+        "store by two processes": Scenario(
+            nothing, lambda root: make_store(root, 2), stores, inputs=two_images, processes=True, most=20
+        ),
+        "changed store": Scenario(make_other_store, make_store, stores, inputs=two_images),
+        "predictions": Scenario(with_run, predict, sets, inputs=two_images),
+        "newer predictions": Scenario(with_predictions, predict, sets, inputs=two_images),
         "vote": Scenario(lambda root: [members(root), None][1], vote_of, ("vote",)),
         "newer vote": Scenario(with_vote, vote_of, ("vote",)),
         "newer vote on NFS": Scenario(with_vote, without_exchange, ("vote",), may_miss=("vote",)),
         "scores": Scenario(lambda root: [members(root), None][1], lambda root: evaluate_with(root, 0), ("scores",)),
-        "newer scores": Scenario(with_scores, lambda root: evaluate_with(root, 1), ("scores",)),
+        "newer scores": Scenario(with_scores, lambda root: evaluate_with(root, 1), ("scores",), most=80),
         "training": Scenario(
             with_store,
             train_run,
             ("runs/run/*.yaml", "runs/run/*.json", "runs/run/checkpoints/*.safetensors"),
             finished=trained_state,
             exact=False,
+            most=80,
         ),
     }
 
 
 NAMES = (
-    "first checkpoint", "checkpoint", "metrics", "store", "changed store", "predictions", "newer predictions", "vote",
-    "newer vote", "newer vote on NFS", "scores", "newer scores", "training",
+    "first checkpoint", "checkpoint", "metrics", "store", "store by two processes", "changed store", "predictions",
+    "newer predictions", "vote", "newer vote", "newer vote on NFS", "scores", "newer scores", "training",
 )  # fmt: skip
 
 
@@ -224,45 +234,105 @@ NAMES = (
 def walk(request: pytest.FixtureRequest, scenarios: dict[str, Scenario], tmp_path: Path) -> Iterator[Walk]:
     walk = Walk(scenarios[request.param], tmp_path / "root")
     yield walk
-    print(f"{request.param}: {len(walk.calls)} file operations, {walk.faults} faults survived {dict(walk.refused)}")
+    print(f"{request.param}: {walk.outcomes.total()} faults {dict(walk.outcomes)}")
 
 
-def some(calls: list) -> list:
-    """A few of the calls, evenly spread from the first to the last."""
-    return [calls[round(index * (len(calls) - 1) / (STEPS - 1))] for index in range(STEPS)]
+def faults(
+    walk: Walk, kinds: int, errors: Sequence[str | None], lasting: bool = False, most: int = ALL, least: int = 0
+):
+    """A fault at every call of these kinds, or at `most` of them. The errors take turns."""
+    for number in walk.some(kinds, most, least):
+        yield Fault(kinds, number, errors[(number + lasting) % len(errors)], lasting, least)
 
 
-def test_killed_at_a_few_file_operations(walk: Walk):
-    for call in some(walk.calls):
-        walk.kill_at(call)
-
-
-@pytest.mark.chaos
-def test_killed_at_every_file_operation(walk: Walk):
-    for call in walk.calls:
-        walk.kill_at(call)
-
-
+LASTING = pytest.mark.parametrize("lasting", [False, True], ids=["once", "lasting"])
 REFUSALS = {
     "ENOSPC": r"No space left on device \(\d+\.\d of \d+ MiB free\): free some space",
     "EDQUOT": "Disk quota exceeded: delete files you do not need",
     "EROFS": "Read-only file system: mount the volume for writing",
     "EIO": "Input/output error: the disk or its network failed",
 }
+UNREADABLE = ("EIO", "ESTALE", "EMFILE", "ENOMEM")
+LIMITS = {
+    "RLIMIT_AS": [0, 1 << 18, 1 << 20, 1 << 22, 1 << 23, 1 << 24, 1 << 25, 1 << 26, 1 << 27, 1 << 28],
+    "RLIMIT_FSIZE": [0, 1, 100, 1000, 4096, 10_000, 100_000],
+    "RLIMIT_NOFILE": [0, 1, 2, 3, 4, 6, 8, 12],
+}
 
 
-def refusable(walk: Walk) -> list:
-    """The calls that can fail on a full disk."""
-    return [call for call in walk.calls if call.name not in ("unlink", "unlinkat", "rmdir", "utimensat")]
-
-
-def test_refused_by_a_full_disk_at_a_few_file_operations(walk: Walk):
-    for call in some(refusable(walk)):
-        walk.refuse(call, "ENOSPC", rf"^stas: {walk.root}.*{REFUSALS['ENOSPC']}")
+def test_killed_at_a_few_file_operations(walk: Walk):
+    walk.survives_all(faults(walk, CHANGE | SYNC, [None], most=FEW))
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("error", REFUSALS)
-def test_refused_at_every_file_operation(walk: Walk, error: str):
-    for call in refusable(walk):
-        walk.refuse(call, error, rf"^stas: {walk.root}.*{REFUSALS[error]}")
+def test_killed_at_every_file_operation(walk: Walk):
+    walk.survives_all(faults(walk, CHANGE | SYNC, [None]))
+
+
+def test_refused_by_a_full_disk_at_a_few_file_operations(walk: Walk):
+    words = rf"^stas: {walk.root}.*{REFUSALS['ENOSPC']}"
+    walk.survives_all(faults(walk, CHANGE | SYNC, ["ENOSPC"], most=FEW), words)
+
+
+@pytest.mark.chaos
+@LASTING
+def test_refused_at_every_file_operation(walk: Walk, lasting: bool):
+    words = rf"^stas: {walk.root}.*({'|'.join(REFUSALS.values())})"
+    walk.survives_all(faults(walk, CHANGE | SYNC, list(REFUSALS), lasting), words)
+
+
+def test_a_few_syncs_that_fail_and_lose_what_was_written(walk: Walk):
+    walk.survives_all(faults(walk, SYNC, ["EIO"], most=FEW), rf"^stas: {walk.root}.*{REFUSALS['EIO']}")
+
+
+@pytest.mark.chaos
+@LASTING
+def test_every_sync_that_fails_and_loses_what_was_written(walk: Walk, lasting: bool):
+    walk.survives_all(faults(walk, SYNC, ["EIO"], lasting), rf"^stas: {walk.root}.*{REFUSALS['EIO']}")
+
+
+@LASTING
+def test_a_few_reads_that_fail(walk: Walk, lasting: bool):
+    walk.survives_all(faults(walk, READ, UNREADABLE, lasting, most=FEW))
+
+
+@pytest.mark.chaos
+@LASTING
+def test_every_read_that_fails(walk: Walk, lasting: bool):
+    walk.survives_all(faults(walk, READ, UNREADABLE, lasting))
+
+
+@LASTING
+def test_a_few_allocations_that_fail(walk: Walk, lasting: bool):
+    walk.survives_all(faults(walk, MEMORY, ["ENOMEM"], lasting, most=FEW, least=4096))
+
+
+@pytest.mark.chaos
+@LASTING
+@pytest.mark.parametrize("least", [0, 4096])
+def test_many_allocations_that_fail(walk: Walk, lasting: bool, least: int):
+    walk.survives_all(faults(walk, MEMORY, ["ENOMEM"], lasting, most=40, least=least))
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("name", LIMITS)
+def test_little_memory_small_files_and_few_descriptors(walk: Walk, name: str):
+    walk.survives_all(Fault(limit=(name, more)) for more in LIMITS[name])
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="no strace (Debian package strace)")
+def test_the_faults_reach_every_call_that_changes_a_file(tmp_path: Path):
+    """The library counts as many calls as the kernel sees."""
+    root, log = tmp_path / "root", tmp_path / "log"
+    sets = members(root)
+    injector = Injector(tmp_path / "plan", [root])
+    injector.prepare(Fault(CHANGE | SYNC))
+    stage = [sys.executable, "-m", "stas", "vote", "--members", *sets, "--out", root / "vote", "--workers", "1"]
+    preload = ["-E", f"LD_PRELOAD={library()}", "-E", f"STAS_FAULTS={injector.path}"]
+    subprocess.run(["strace", "-f", "-y", "-o", log, *preload, *stage], check=True, capture_output=True)
+    names = "open openat creat write pwrite64 writev pwritev fsync fdatasync ftruncate rename renameat renameat2 link"
+    names += " linkat symlinkat unlink unlinkat mkdir mkdirat rmdir utimensat sendfile"
+    changes = re.compile(rf"\d+ +(?!open[^(]*\(.*O_RDONLY)({names.replace(' ', '|')})\(")
+    lines = [line for line in log.read_text().splitlines() if changes.match(line) and str(root) in line]
+    assert len(lines) > 20
+    assert injector.injected().seen == len(lines), "\n".join(lines)

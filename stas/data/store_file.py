@@ -24,6 +24,7 @@ from lmdb.verify import VerifyError, verify
 
 from stas.errors import InputDataError, UsageError
 from stas.paths import cache_directory
+from stas.system import heartbeat
 from stas.system.files import atomic_write, remove_leftovers
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,8 @@ def local_copy(data: Path, key: str, size: int, sha256: str) -> Path:
     cache = _cache()
     copy = cache.resolve() / f"{key}.mdb"
     with (cache / f"{key}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # all ranks of a node arrive together, and one copy is enough
+        with heartbeat.waiting():
+            fcntl.flock(lock, fcntl.LOCK_EX)  # all ranks of a node arrive together, and one copy is enough
         if not _is_own(copy, stat.S_ISREG) or copy.stat().st_size != size:
             log.info("copying %s to %s, because LMDB must not read from a network file system", data, copy)
             remove_leftovers(cache, f".{copy.name}.*.tmp")
@@ -134,6 +136,7 @@ def copy_file(source: Path, target: Path) -> str:
         while block := file.read(COPY_BLOCK):
             digest.update(block)
             copy.write(block)
+            heartbeat.beat()
     return digest.hexdigest()
 
 

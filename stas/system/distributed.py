@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -13,8 +14,12 @@ import torch.distributed as dist
 
 from stas.errors import EXIT_FAILED, MachineError, StoppedEarly
 from stas.paths import status_file
+from stas.system import heartbeat
 
 log = logging.getLogger(__name__)
+# The launcher ends a rank that hangs long before (`stas launch --stalled-after`). This ends the ranks that wait for one
+# on another node, whose launcher may hang with it.
+GROUP_TIMEOUT = timedelta(hours=1)
 T = TypeVar("T")
 
 
@@ -55,7 +60,10 @@ def join_ranks(device: str = "auto") -> Iterator[Ranks]:
     if rank:
         logging.getLogger("stas").setLevel(logging.WARNING)
     if size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+        heartbeat.start(rank)
+        with heartbeat.waiting():
+            backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=GROUP_TIMEOUT)
     try:
         yield Ranks(rank, size, chosen)
     except Exception as error:
@@ -66,6 +74,7 @@ def join_ranks(device: str = "auto") -> Iterator[Ranks]:
         raise
     finally:
         if size > 1:
+            heartbeat.end(rank)
             dist.destroy_process_group()
 
 
@@ -122,7 +131,8 @@ def sum_over_ranks(values: Sequence[float]) -> list[float]:
     if not dist.is_initialized():
         return list(values)
     total = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(total)
+    with heartbeat.waiting():
+        dist.all_reduce(total)
     return total.tolist()
 
 
@@ -152,7 +162,8 @@ def gather_objects(value: T) -> list[T]:
     mine = torch.zeros(max(lengths), dtype=torch.uint8)
     mine[: len(said)] = torch.frombuffer(bytearray(said), dtype=torch.uint8)
     every = [torch.zeros_like(mine) for _ in lengths]
-    dist.all_gather(every, mine)
+    with heartbeat.waiting():
+        dist.all_gather(every, mine)
     return [json.loads(bytes(one[:length].tolist())) for one, length in zip(every, lengths, strict=True)]
 
 
@@ -164,8 +175,9 @@ def broadcast(value: T) -> T:
 def broadcast_buffers(module: torch.nn.Module) -> None:
     """Give every rank the first rank's buffers (running statistics): the reference kept those of one GPU."""
     if dist.is_initialized():
-        for buffer in module.buffers():
-            dist.broadcast(buffer, src=0)
+        with heartbeat.waiting():
+            for buffer in module.buffers():
+                dist.broadcast(buffer, src=0)
 
 
 def barrier() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from stas.errors import EXIT_FAILED, EXIT_USAGE, InputDataError
+from stas.system.heartbeat import beat
 from stas.system.printing import escaped_json
 from stas.system.untrusted import MAX_JSON_BYTES, check_file, parse_json, read_bounded, refusal
 
@@ -211,6 +212,7 @@ def sha256(path: Path, most: int = sys.maxsize) -> str:
         with open(path, "rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
+                beat()
     except OSError as error:
         raise refusal(path, error) from error
     return digest.hexdigest()

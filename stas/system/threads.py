@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from stas.system.heartbeat import beat
 from stas.system.resources import cores
 from stas.system.stop import check_stop
 
@@ -21,11 +22,14 @@ PREFETCHED = 2  # items prepared in advance by default
 def bar(items: Iterable[T], total: int, description: str, show: bool = True, stops: bool = True) -> Iterator[T]:
     """Iterate over `items` with a temporary progress bar; no bar unless `show` is set and stderr is a terminal.
 
+    Each item is progress for the launcher, too.
+
     Raises:
         StoppedEarly: before an item, if a signal asked this process to stop; never if `stops` is unset.
     """
     disable = None if show else True  # None: tqdm checks whether stderr is a terminal
     for item in tqdm(items, description, total, leave=False, disable=disable, dynamic_ncols=True):
+        beat()
         if stops:
             check_stop()
         yield item

@@ -1,76 +1,35 @@
-"""Faults at system calls: strace kills a stage in a forked process at the N-th call of a kind, or makes the call fail.
+"""Stages with a fault in a forked process: killed at the N-th call of a kind, or that call fails, or all later ones do.
 
-Only calls that may change the directory under test are tried, because a kill between two of them has the same effect as
-at the second. Thread pools run their work immediately in the caller, so the N-th call is always the same one.
+Threads, process pools and TensorBoard's writer are the real ones, so the N-th call is not always the same one; what
+must hold afterwards is the same for all.
 """
 
 import argparse
 import contextlib
+import faulthandler
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
-import pytest
+from stas import cli
+from tests.support import faults
+from tests.support.faults import MEMORY, Fault, Injected, Injector
 
-from stas import cli, infer
-from stas.models import checkpoint
-from stas.system import files, threads
-from stas.training import metrics_log
-from tests.support.launch import PATIENCE
-
-CALLS = (
-    "open,openat,creat,write,pwrite64,writev,pwritev,fsync,fdatasync,msync,ftruncate,truncate,fallocate,rename,"
-    "renameat,renameat2,link,linkat,symlinkat,unlink,unlinkat,mkdir,mkdirat,rmdir,utimensat,sendfile,copy_file_range"
-)
-READS = re.compile(r"^(open|openat)\(.*O_RDONLY")
+PATIENCE = 60  # seconds that a stage may take with a fault; without one it takes less than two
 CRASHED = 99
-
-
-class Inline:
-    """An executor that does the work immediately, in the caller."""
-
-    def __init__(self, *_: Any) -> None: ...
-
-    def __enter__(self) -> "Inline":
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(function(*arguments))
-        except BaseException as error:
-            future.set_exception(error)
-        return future
-
-    def shutdown(self, **_: object) -> None: ...
-
-    def map(self, function: Callable[..., Any], *items: Any) -> Iterator[Any]:
-        return map(function, *items)
-
-
-@dataclass(frozen=True)
-class Call:
-    """One system call of a run: the `number`-th of its kind in its thread."""
-
-    name: str
-    number: int
-    text: str
+HUNG = 98
+SHOWN = 10  # failures in a message
+DEATHS = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)  # libraries in C and Rust that get no memory
 
 
 @dataclass(frozen=True)
@@ -90,6 +49,10 @@ class Scenario:
         check: further conditions after a fault.
         may_miss: units that may be missing for a moment.
         finished: what must be equal at the end with and without a fault; by default the bytes of every unit.
+        exact: whether every unit must equal the old or the new one byte for byte.
+        inputs: a directory that the stage only reads.
+        processes: whether the stage starts processes of its own; if one is killed, the stage may say so.
+        most: how many calls of a kind are tried at most, because the stage takes long.
     """
 
     prepare: Callable[[Path], None]
@@ -98,7 +61,10 @@ class Scenario:
     check: Callable[[Path], None] = lambda root: None
     may_miss: tuple[str, ...] = ()
     finished: Callable[[Path], Any] | None = None
-    exact: bool = True  # whether every unit must equal the old or the new one byte for byte
+    exact: bool = True
+    inputs: Path | None = None
+    processes: bool = False
+    most: int | None = None
 
 
 @dataclass
@@ -107,54 +73,97 @@ class Walk:
 
     scenario: Scenario
     root: Path  # the stage's directory; always the same path
-    faults: int = 0
-    refused: Counter[str] = field(default_factory=Counter)
+    outcomes: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
+        faults.hook()
         self.template = self.root.with_name("template")
         self.template.mkdir()
         self.root.mkdir()
+        self.injector = Injector(
+            self.root.with_name("plan"), [self.root, *([self.scenario.inputs] if self.scenario.inputs else [])]
+        )
         self.scenario.prepare(self.root)
         shutil.copytree(self.root, self.template, dirs_exist_ok=True)
         self.old = self._units()
-        self.calls = self._record()
+        outcome = run(self.scenario.work, self.root)
+        assert outcome.code == 0, outcome
         self.new = self._units()
         self.end = self._end()
         assert not hidden(self.root), hidden(self.root)
 
-    def kill_at(self, call: Call) -> None:
-        """Kill the stage instead of letting it make a call; then let it resume."""
-        outcome = self._with_fault(call, "signal=KILL")
-        assert outcome.code == -signal.SIGKILL, f"{call}: not reached, {outcome}"
-        self._survives(call)
-
-    def refuse(self, call: Call, error: str, words: str) -> None:
-        """Make one call fail; the stage must report it, or finish its work anyway."""
-        outcome = self._with_fault(call, f"error={error}")
-        assert outcome.code in (0, 1), f"{call}: {outcome}"
-        assert "Traceback" not in outcome.said, f"{call}: {outcome.said}"
-        if outcome.code:
-            assert re.search(words, outcome.said, re.M), f"{call}: {outcome}"
-            self.refused["told"] += 1
-        else:
-            self.refused["unhurt"] += 1
-        self._survives(call)
-
-    def _with_fault(self, call: Call, fault: str) -> Outcome:
+    def count(self, kinds: int, least: int = 0) -> int:
+        """How many calls of these kinds the stage makes without a fault."""
         self._restore()
-        self.faults += 1
-        options = ["-e", f"trace={call.name}", "-e", f"inject={call.name}:{fault}:when={call.number}"]
-        return run(self.scenario.work, self.root, [*options, "-o", "/dev/null"])
+        outcome, injected = self._run(Fault(kinds, least=least))
+        assert outcome.code == 0 and injected.seen, outcome
+        return injected.seen
 
-    def _survives(self, call: Call) -> None:
+    def some(self, kinds: int, most: int, least: int = 0) -> list[int]:
+        """The numbers of at most so many calls, evenly spread from the first to the last; few if the stage is slow."""
+        count = self.count(kinds, least)
+        tried = min(count, most, self.scenario.most or most)
+        numbers = sorted({1 + round(index * (count - 1) / max(1, tried - 1)) for index in range(tried)})
+        assert len(numbers) == tried
+        return numbers
+
+    def survives_all(self, tried: Iterable[Fault], words: str = "") -> None:
+        """Try faults one after the other; fail at the end if any was not survived, with the first of them."""
+        failures: list[str] = []
+        number = 0
+        for number, fault in enumerate(tried, start=1):  # noqa: B007
+            try:
+                self.survives(fault, words)
+            except AssertionError as error:
+                failures.append(str(error))
+        assert number, "nothing was tried"
+        shown = "\n\n".join(failures[:SHOWN])
+        assert not failures, f"{len(failures)} of {number} faults were not survived:\n{shown}"
+
+    def survives(self, fault: Fault, words: str = "") -> None:
+        """Inject one fault. What is on disk must be whole, the stage must say what happened, and must then resume."""
+        self._restore()
+        outcome, injected = self._run(fault)
+        step = "with the fault"
         try:
+            self._judge(fault, outcome, injected, words)
             self._is_whole()
+            if outcome.code == 0:
+                assert self._end() == self.end, "it claims success, but the result differs"
+            step = "when it ran again"
             again = run(self.scenario.work, self.root)
             assert again.code == 0, again
-            assert self._end() == self.end
-            assert not hidden(self.root), hidden(self.root)
+            assert self._end() == self.end, "the result differs"
+            assert not hidden(self.root), f"left behind: {hidden(self.root)}"
         except Exception as error:
-            raise AssertionError(f"after a fault at {call}") from error
+            said = outcome.said[-1500:]
+            raise AssertionError(
+                f"{step}, {fault} at {injected.where}: {type(error).__name__}: {error}\nexit {outcome.code}: {said}"
+            ) from error
+
+    def _judge(self, fault: Fault, outcome: Outcome, injected: Injected, words: str) -> None:
+        code = outcome.code
+        if not injected.given and not fault.limit:  # threads made fewer calls this time
+            assert code == 0
+            self.outcomes["not reached"] += 1
+            return
+        if code == -signal.SIGKILL and fault.error is None:
+            self.outcomes["killed"] += 1
+            return
+        assert fault.error or fault.limit or self.scenario.processes, "not killed"
+        if (fault.kinds == MEMORY or fault.limit) and -code in DEATHS:  # as good as killed
+            self.outcomes[f"died of {signal.Signals(-code).name}"] += 1
+            return
+        self.outcomes[f"exit {code}"] += 1
+        assert "Traceback" not in outcome.said, "a traceback"
+        assert code in (0, 1, 75), f"exit {code}"
+        if code:
+            assert re.search(words or "^stas: ", outcome.said, re.M), f"does not say {words!r}"
+
+    def _run(self, fault: Fault) -> tuple[Outcome, Injected]:
+        self.injector.prepare(fault)
+        outcome = run(self.scenario.work, self.root, self.injector, fault)
+        return outcome, self.injector.injected()
 
     def _is_whole(self) -> None:
         """Every unit is the old or the new one, and a unit that exists before and after the stage is not missing."""
@@ -165,20 +174,6 @@ class Walk:
         missing = self.old.keys() & self.new.keys() - found.keys()
         assert all(any(Path(name).match(pattern) for pattern in self.scenario.may_miss) for name in missing), missing
         self.scenario.check(self.root)
-
-    def _record(self) -> list[Call]:
-        log = self.root.with_name("trace")
-        outcome = run(self.scenario.work, self.root, ["-y", "-s", "0", "-e", f"trace={CALLS}", "-o", str(log)])
-        assert outcome.code == 0, outcome
-        counts: Counter[tuple[str, str]] = Counter()
-        calls: dict[tuple[str, int], Call] = {}
-        for line in log.read_text(errors="replace").splitlines():
-            if found := re.match(r"(\d+) +((\w+)\(.*)", line):
-                thread, text, name = found.groups()
-                counts[thread, name] += 1
-                if str(self.root) in text and not READS.match(text):
-                    calls.setdefault((name, counts[thread, name]), Call(name, counts[thread, name], text))
-        return list(calls.values())
 
     def _restore(self) -> None:
         shutil.rmtree(self.root)
@@ -206,70 +201,59 @@ def hidden(root: Path) -> list[Path]:
     return [path for path in root.rglob(".*") if path.name not in (".", "..")]
 
 
-def run(work: Callable[[Path], None], root: Path, strace: list[str] | None = None) -> Outcome:
-    """Run a stage in a forked process as the command line does, with strace attached from the start."""
+def run(
+    work: Callable[[Path], None], root: Path, injector: Injector | None = None, fault: Fault | None = None
+) -> Outcome:
+    """Run a stage in a forked process as the command line does, with faults if there is an injector."""
     said = root.with_name("stderr")
     errors = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    ready, go = os.pipe()
     pid = os.fork()
     if pid == 0:
-        _child(work, root, ready, go, errors)
-    os.close(ready)
+        _child(work, root, errors, injector, fault)
     os.close(errors)
-    tracer = None
-    if strace is not None:
-        tracer = subprocess.Popen(["strace", "-f", "-p", str(pid), *strace], stderr=subprocess.PIPE, text=True)
-        assert tracer.stderr
-        attached = tracer.stderr.readline()
-        assert "attached" in attached, attached
-    os.write(go, b"!")
-    os.close(go)
     code = os.waitstatus_to_exitcode(_wait(pid, PATIENCE))
-    if tracer:
-        tracer.communicate(timeout=PATIENCE)
     return Outcome(code, said.read_text(errors="replace"))
 
 
-def _child(work: Callable[[Path], None], root: Path, ready: int, go: int, errors: int) -> None:
+def _child(
+    work: Callable[[Path], None], root: Path, errors: int, injector: Injector | None, fault: Fault | None
+) -> None:
     code = CRASHED
     try:
-        os.close(go)
-        os.read(ready, 1)  # strace is attached
+        os.setpgid(0, 0)  # so that its worker processes can be ended with it
         os.dup2(errors, 2)
         os.dup2(errors, 1)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-        metrics_log.SummaryWriter = MagicMock(return_value=MagicMock(log_dir="events"))  # its thread writes at any time
-        for module in (checkpoint, files, infer, threads):
-            module.ThreadPoolExecutor = Inline  # pyright: ignore[reportAttributeAccessIssue]
+        faulthandler.dump_traceback_later(PATIENCE - 5, file=sys.stderr)
+        if injector:
+            injector.arm()
+            if fault and fault.limit:
+                injector.limit(*fault.limit)
         code = cli._run(lambda _: work(root), argparse.Namespace())
     except BaseException:
+        if injector:
+            injector.disarm()
         traceback.print_exc()
     finally:
         with contextlib.suppress(Exception):
+            if injector:
+                injector.disarm()
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
 
 
 def _wait(pid: int, seconds: float) -> int:
+    """The status of a process that has ended; one that still runs after `seconds` is killed."""
     end = time.monotonic() + seconds
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return status
-        if time.monotonic() > end:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            pytest.fail(f"still running after {seconds} seconds")
+        if done or time.monotonic() > end:
+            break
         time.sleep(0.002)
-
-
-@cache
-def why_no_strace() -> str:
-    """Why faults cannot be injected here; empty if they can."""
-    if not shutil.which("strace"):
-        return "no strace (Debian package strace)"
-    tried = subprocess.run(
-        ["strace", "-f", "-e", "inject=write:error=ENOSPC", "echo"], capture_output=True, text=True, timeout=PATIENCE
-    )
-    return "" if "(INJECTED)" in tried.stderr else f"strace cannot trace here: {tried.stderr.strip()[-200:]}"
+    if not done:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+    return status if done else HUNG << 8
