@@ -279,7 +279,9 @@ def _add_evaluate(stages: "argparse._SubParsersAction[_Parser]") -> None:
     )
     command.add_argument("--label", type=word, help="label of the truth's shapes (default: the predictions' label)")
     command.add_argument(
-        "--threshold", type=finite, help="a member's values above this are foreground, in its own units"
+        "--threshold",
+        type=finite,
+        help="values above this are foreground, of members and of a grey truth, each in its own units",
     )
     command.add_argument("--sheets", type=number(0), default=9, help="number of pictures (default: %(default)s)")
 

@@ -33,12 +33,11 @@ from stas.models.predict import Picture, Settings, predict_logits, shrink
 from stas.paths import Workspace, mask_file, probability_file
 from stas.recipe import parse_recipe
 from stas.results.predictions import changed, write_set_manifest
-from stas.results.provenance import check_own_files
 from stas.system import distributed
 from stas.system.distributed import Ranks
 from stas.system.files import sha256
 from stas.system.locks import PATIENCE
-from stas.system.publish import Output, building, is_finished, named, read_manifest
+from stas.system.publish import Output, building, named, read_manifest
 from stas.system.threads import bar, map_ahead
 from stas.system.untrusted import read_bounded
 
@@ -107,8 +106,6 @@ def infer(
             raise StoppedEarly(f"{path} was replaced while the ranks read it; run the same command again to resume")
         output = Output(out, "prediction set", key)
         _check_same_images(output)
-        if not is_finished(output):
-            check_own_files(out, output.kind)
         with distributed.entered_by_first(ranks, building(output, PATIENCE, keep=True)) as mine:
             place = distributed.broadcast(str(mine) if mine else None)
             if place is None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from stas.config import Data, Split
 from stas.data.annotations import Annotation, rasterise, read_labelme
-from stas.data.images import read_image, read_member_mask, stated_size
+from stas.data.images import is_graded, read_grey, read_image, stated_size
 from stas.data.masks import check_apart, is_within, write_masks
 from stas.data.pairs import Pair, find_pairs, skipped, stop_if_gone, store_key
 from stas.data.split import split_samples, warn_of_shared_images
@@ -188,14 +188,14 @@ def _mask(path: Path, annotation: Annotation | None, size: tuple[int, int], labe
     if annotation is not None:
         _check_size(path, annotation.size or size, size)
         return rasterise(annotation.shapes, size, label, path)
-    mask, graded = read_member_mask(path)
-    if graded:
+    values = read_grey(path)
+    if is_graded(values):
         raise InputDataError(
             f"{path}: its values are not just 0 and one of 1, 255 and 65535, so it is not clear where the "
             "foreground begins: save it with 0 and 255"
         )
-    _check_size(path, (mask.shape[0], mask.shape[1]), size)
-    return mask
+    _check_size(path, (values.shape[0], values.shape[1]), size)
+    return values > 0
 
 
 def _check_size(path: Path, declared: tuple[int, int], size: tuple[int, int]) -> None:

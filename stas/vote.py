@@ -84,7 +84,7 @@ def vote(
         weights: votes of each member, whole numbers from 1; one each by default.
         soft: foreground is where the (weighted) mean of the members' 16-bit probabilities is above 0.5; also
             writes the mean into `probabilities/`.
-        threshold: a member's mask is foreground above this value; above 0 by default (see `read_member_mask`).
+        threshold: a member's mask is foreground above this value; above 0 by default (see `foreground`).
         workers: threads; by default one per processor.
         workspace: if given, masks with a manifest must be those of their run's present checkpoint there.
         runs: the run that each member must be the masks of; by default any, or none.

@@ -29,7 +29,7 @@ from torch import nn
 
 from stas.config import Data, Optimizer, Split
 from stas.data.annotations import find_image, rasterise, read_labelme
-from stas.data.images import MAX_PIXELS, grey_size, read_grey, read_image, read_member_mask
+from stas.data.images import MAX_PIXELS, grey_size, read_grey, read_image
 from stas.data.split import split_samples
 from stas.data.store import Store, open_store, pointer
 from stas.data.tiles import Box
@@ -48,6 +48,7 @@ from stas.models.checkpoint import (
 from stas.models.pickles import convert_weights
 from stas.paths import Workspace, manifest_file, store_data, store_samples
 from stas.recipe import RECIPES, load_recipe, parse_recipe, recipe_names
+from stas.results.foreground import foreground
 from stas.system.distributed import Ranks
 from stas.system.publish import Output, check_replaceable, is_finished, write_manifest
 from stas.training.optim import build_optimizer
@@ -136,8 +137,9 @@ def test_fuzz_image(referee: Referee, outside: Path, kind: str):
         def read_mask() -> None:
             path.write_bytes(content)
             grey_size(path)
-            assert read_grey(path).ndim == 2
-            read_member_mask(path)
+            values = read_grey(path)
+            assert values.ndim == 2
+            foreground(values, None, path)
 
         referee.judge(read)
         referee.judge(read_mask)

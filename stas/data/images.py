@@ -202,28 +202,6 @@ def read_grey(path: Path) -> NDArray[np.uint8] | NDArray[np.uint16]:
     return np.asarray(image.convert("RGB").convert("L") if image.mode != "L" else image)
 
 
-def read_member_mask(path: Path, threshold: float | None = None) -> tuple[NDArray[np.bool_], bool]:
-    """Read a mask from any program: mode 1, L, P, RGB(A) or 16-bit grey.
-
-    Args:
-        path: the mask.
-        threshold: foreground is every value above it, in the file's own units (0 to 255, or 0 to 65535);
-            by default every value above 0.
-
-    Returns:
-        mask: (height, width), bool.
-        graded: no threshold was given and the values are not only 0 and one of 1, 255 and 65535, so "above 0" was a
-            choice that the user should know about (`log_graded`).
-
-    Raises:
-        InputDataError: see `read_grey`.
-    """
-    values = read_grey(path)
-    if threshold is not None:
-        return values > threshold, False
-    return values > 0, is_graded(values)
-
-
 def is_graded(values: NDArray[np.uint8] | NDArray[np.uint16]) -> bool:
     """Whether there are values other than 0 and 1, or 0 and the maximum of the type."""
     signed = values.view(np.int8 if values.dtype == np.uint8 else np.int16)  # the maximum becomes -1

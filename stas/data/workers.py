@@ -22,6 +22,7 @@ from stas.data.store_manifest import Sample, Skipped
 from stas.data.store_writer import Record
 from stas.errors import EXIT_FAILED, StoppedEarly, UsageError
 from stas.system.resources import keep_freed_memory
+from stas.system.stop import check_stop
 
 Item = TypeVar("Item")
 
@@ -76,6 +77,7 @@ def records(
         while waiting:
             yield first()
     except BrokenProcessPool as error:
+        check_stop()  # a signal to the whole group may have ended a worker first
         raise StoppedEarly(
             "a worker process was killed, probably because memory ran out: use fewer workers (--workers), or give this "
             "job more memory, and run the same command again"

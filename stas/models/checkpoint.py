@@ -27,6 +27,7 @@ from stas.paths import RunPaths
 from stas.system import files
 from stas.system.files import atomic_write
 from stas.system.locks import Lock
+from stas.system.resources import memory_trouble
 from stas.system.untrusted import check_file, parse_json, stop_if_passing
 
 log = logging.getLogger(__name__)
@@ -212,8 +213,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except InputDataError:
         raise
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, OSError) as error:
-        if "allocate memory" in str(error):  # torch's RuntimeError says nothing about the file
-            stop_if_passing(path, MemoryError())
+        # torch's RuntimeError for want of memory says nothing about the file.
+        stop_if_passing(path, MemoryError() if memory_trouble(error) else error)
         raise InputDataError(
             f"{path}: not a readable checkpoint of stas ({error}): use another, or train again"
         ) from error

@@ -13,6 +13,7 @@ from stas.errors import UsageError
 from stas.models.loaded import check_filled, watched_loading
 from stas.models.trial import check_size
 from stas.models.weights import TIMM, encoder_arguments, load_encoder_weights, source_of
+from stas.system.resources import memory_trouble
 
 
 def build_network(model: Model, size: tuple[int, int], pretrained: bool, turned: bool = False) -> nn.Module:
@@ -65,6 +66,8 @@ def _build_smp(model: Model, size: tuple[int, int], pretrained: bool) -> nn.Modu
     except UsageError:
         raise
     except (TypeError, ValueError, AssertionError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
+        if memory_trouble(error):
+            raise
         weights = f" (weights: {source_of(model)})" if pretrained and model.weights else ""
         raise UsageError(
             f"{model.architecture} with encoder {model.encoder!r} and options {model.options} cannot be built"
@@ -94,6 +97,8 @@ def _build_monai(model: Model, size: tuple[int, int]) -> nn.Module:
     try:
         return FirstOutput(cast(nn.Module, architecture(**arguments)))
     except (TypeError, ValueError, AssertionError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
+        if memory_trouble(error):
+            raise
         raise UsageError(
             f"MONAI's {model.architecture} with {arguments} cannot be built: {error}; correct model.options"
         ) from error

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stas.errors import UsageError
 from stas.system.files import atomic_write
-from stas.system.untrusted import check_file, shown
+from stas.system.untrusted import check_file, shown, stop_if_passing
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +70,7 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
             raise ValueError(f"tensors of {size} bytes, more than the {MAX_PICKLE_BYTES} allowed")
         return {name: value.detach().contiguous().clone() for name, value in found.items()}
     except Exception as error:  # pickle, zip and torch raise many types of their own
+        stop_if_passing(file, error)
         raise unreadable(file, error) from error
 
 

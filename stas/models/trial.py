@@ -9,6 +9,7 @@ from torch.func import functional_call
 
 from stas.config import Model
 from stas.errors import UsageError
+from stas.system.resources import memory_trouble
 
 NEARBY = (32, 64, 128)  # sizes divisible by these suit most architectures
 USUAL = ((224, 224), (256, 256), (384, 384), (512, 512))  # of networks that take only one size
@@ -29,6 +30,8 @@ def check_size(network: nn.Module, model: Model, size: tuple[int, int], turned: 
     error = _why_not(network, size)
     if error is None:
         return
+    if memory_trouble(error):
+        raise error
     what = f"{model.architecture}{f' with encoder {model.encoder}' if model.encoder else ''}"
     if turned:
         raise UsageError(

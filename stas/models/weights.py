@@ -26,7 +26,7 @@ from stas.errors import UsageError
 from stas.models.pickles import PICKLES, convert_weights, unreadable
 from stas.paths import weights_directory
 from stas.system.files import atomic_write
-from stas.system.untrusted import read_bounded
+from stas.system.untrusted import read_bounded, stop_if_passing
 
 log = logging.getLogger(__name__)
 
@@ -215,6 +215,7 @@ def _read(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except Exception as error:  # safetensors and torch raise many types of their own
+        stop_if_passing(file, error)
         raise unreadable(file, error) from error
 
 

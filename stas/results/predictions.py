@@ -26,7 +26,7 @@ from stas.data.images import (
 )
 from stas.data.png import decode_grey
 from stas.errors import InputDataError, StoppedEarly, UsageError
-from stas.results.provenance import Made, check_own_files, check_same_images, read_made
+from stas.results.provenance import Made, check_same_images, read_made
 from stas.system.files import sha256
 from stas.system.printing import is_plain
 from stas.system.publish import SHOWN, Output, named, write_manifest
@@ -94,11 +94,7 @@ def write_set_manifest(
         label: the label of the foreground; None if its members' manifests name none.
         sizes: (height, width) of each mask in pixels, by stem.
         probabilities: whether it has probabilities beside the masks.
-
-    Raises:
-        UsageError: the set that this one replaces has masks that were changed since.
     """
-    check_own_files(output.directory, output.kind)
     images = {stem: {"height": height, "width": width} for stem, (height, width) in sizes.items()}
     write_manifest(partial, output, label=label, images=images, probabilities=probabilities)
 

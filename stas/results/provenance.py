@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stas.data.images import MAX_IMAGE_BYTES
-from stas.errors import InputDataError, StoppedEarly, UsageError
+from stas.errors import InputDataError, StoppedEarly
 from stas.models.checksum import written_checksum
 from stas.paths import PLAIN_NAME, Workspace, manifest_file
-from stas.system.files import sha256
 from stas.system.publish import SHOWN, Kind, named, read_manifest
 
 if TYPE_CHECKING:  # the listing imports this file
@@ -93,27 +91,6 @@ def _texts(values: dict[str, Any]) -> dict[str, str]:
     if not all(isinstance(text, str) for pair in values.items() for text in pair):
         raise TypeError("hashes")
     return dict(values)
-
-
-def check_own_files(directory: Path, kind: Kind) -> None:
-    """Refuse to replace a set in which files were changed, even if their sizes are the same.
-
-    Raises:
-        UsageError: a file is not the one that stas wrote; names the first.
-    """
-    try:
-        content = read_manifest(directory, kind)
-        recorded = _texts(content["sha256"])
-    except (InputDataError, AttributeError, TypeError):
-        return  # not a set: `check_replaceable` refuses it
-    there = [name for name in recorded if (directory / name).is_file()]
-    found = {name: sha256(directory / name, MAX_IMAGE_BYTES) for name in there}
-    changed = [name for name in there if found[name] != recorded[name]]
-    if changed:
-        raise UsageError(
-            f"{directory}: {len(changed)} of its masks were changed since they were made ({named(changed)}), and will "
-            "not be replaced: use another name, or move the directory away"
-        )
 
 
 def check_unchanged(member: "Member", found: Mapping[str, str]) -> None:

@@ -229,7 +229,7 @@ def check_replaceable(directory: Path, kind: Kind) -> None:
             if not _files(directory):
                 return
             raise UsageError(f"{directory}: not known to be stas's own {kind} ({error}); {remedy}") from error
-        foreign = _foreign(directory, content["files"])
+        foreign = _foreign(directory, content)
         if not foreign:
             return
         if read_json(paths.manifest_file(directory)) == content:  # otherwise another process has just replaced it
@@ -237,10 +237,17 @@ def check_replaceable(directory: Path, kind: Kind) -> None:
     raise UsageError(f"{directory}: files were added or changed since it was made ({named(foreign)}); {remedy}")
 
 
-def _foreign(directory: Path, recorded: dict[str, Any]) -> list[str]:
-    """The names of the files below a directory that its manifest lacks, or records with another size."""
+def _foreign(directory: Path, content: dict[str, Any]) -> list[str]:
+    """The names of the files below a directory that its manifest lacks, or records with another size or content.
+
+    All are read, because a mask that somebody corrected may have the same size.
+    """
     sizes = _sizes(directory)
-    return [name for name, size in sizes.items() if size is None or recorded.get(name) != size]
+    foreign = {name for name, size in sizes.items() if size is None or content["files"].get(name) != size}
+    own = [name for name in sizes if name not in foreign]
+    hashes = in_threads(lambda name: _hash_or_error(directory / name), own, "hash")
+    foreign |= {name for name, found in zip(own, hashes, strict=True) if found != content["sha256"].get(name)}
+    return sorted(foreign)
 
 
 def remove_abandoned(parent: Path, seconds: float) -> None:

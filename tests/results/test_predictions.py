@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stas.data.images import read_member_mask, write_mask
+from stas.data.images import read_grey, write_mask
 from stas.errors import InputDataError, UsageError
+from stas.results.foreground import foreground
 from stas.results.predictions import digest, list_members, log_graded, pixel_digest
 from stas.system.publish import Output, building, write_manifest
 
@@ -16,6 +17,10 @@ def member(directory, stems="ab", shape=(2, 3)):
     for stem in stems:
         write_mask(directory / f"{stem}.png", np.zeros(shape, bool))
     return directory
+
+
+def read_mask(path, threshold=None):
+    return foreground(read_grey(path), threshold, path)
 
 
 def test_list_members_lists_stems_and_sizes(tmp_path):
@@ -67,18 +72,18 @@ def test_a_member_given_twice_is_refused(tmp_path):
 )
 def test_masks_of_other_makers_are_read(tmp_path, picture):
     picture.save(tmp_path / "a.png")
-    mask, graded = read_member_mask(tmp_path / "a.png")
+    mask, seen = read_mask(tmp_path / "a.png")
     np.testing.assert_array_equal(mask, MASK)
-    assert not graded
+    assert not seen.graded
 
 
 @pytest.mark.parametrize(("dtype", "top"), [(np.uint8, 255), (np.uint16, 65535)])
 def test_graded_masks_are_cut_above_zero_or_at_the_threshold(tmp_path, dtype, top):
     Image.fromarray(np.array([[0, 1, 100, 101, top]], dtype)).save(tmp_path / "a.png")
-    mask, graded = read_member_mask(tmp_path / "a.png")
-    assert (mask.tolist(), graded) == ([[False, True, True, True, True]], True)
-    mask, graded = read_member_mask(tmp_path / "a.png", threshold=100)
-    assert (mask.tolist(), graded) == ([[False, False, False, True, True]], False)
+    mask, seen = read_mask(tmp_path / "a.png")
+    assert (mask.tolist(), seen.graded) == ([[False, True, True, True, True]], True)
+    mask, seen = read_mask(tmp_path / "a.png", threshold=100)
+    assert (mask.tolist(), seen.graded) == ([[False, False, False, True, True]], False)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +91,7 @@ def test_graded_masks_are_cut_above_zero_or_at_the_threshold(tmp_path, dtype, to
 )
 def test_graded_means_that_above_zero_was_a_choice(tmp_path, values, graded):
     Image.fromarray(np.array([values], np.uint8)).save(tmp_path / "a.png")
-    assert read_member_mask(tmp_path / "a.png")[1] is graded
+    assert read_mask(tmp_path / "a.png")[1].graded is graded
 
 
 def test_graded_masks_are_told_once(caplog):

@@ -209,7 +209,7 @@ def test_a_corrected_vote_is_never_replaced(workspace, ensemble, capsys):
     for run in RUNS:
         predict(workspace, run, (1, 1))
     said = refused(ensemble, capsys, code=2)
-    assert "1 of its masks were changed since they were made (a.png)" in said and "move the directory away" in said
+    assert "were added or changed since it was made (a.png)" in said and "move it away" in said
     assert path.read_bytes() == corrected
 
 
@@ -218,7 +218,7 @@ def test_a_correction_during_the_work_is_never_replaced(workspace):
     out = workspace.predictions("one")
     output = Output(out, "prediction set", {"run": "one", "images": {}})
     before = (out / "a.png").read_bytes()
-    with pytest.raises(UsageError, match=r"were changed since they were made \(a\.png\)"), building(output) as partial:
+    with pytest.raises(UsageError, match=r"added or changed since it was made \(a\.png\)"), building(output) as partial:
         assert partial
         write_mask(partial / "a.png", np.ones((1, 2), bool))
         correct(out)
