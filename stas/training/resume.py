@@ -13,6 +13,11 @@ from stas.system.distributed import Ranks
 from stas.system.untrusted import shown
 
 NAMED = 5  # images named in a message
+_OTHER = {
+    "store": "on other images",
+    "validation": "on other images",
+    "weights": "that began with other pretrained weights",
+}
 
 
 def check_never_saved(paths: RunPaths) -> None:
@@ -73,9 +78,9 @@ def _problem_with_best(paths: RunPaths, saved: Checkpoint, best_epoch: int) -> s
         return f"cannot be read ({error})"
     except (KeyError, TypeError):
         return "cannot be read (they do not say their epoch)"
-    for key in ("run", "store", "validation"):
+    for key in ("run", "store", "validation", "weights"):
         if best.metadata.get(key) != saved.metadata.get(key):
-            what = f"run {shown(best.metadata.get('run'))}" if key == "run" else "a run on other images"
+            what = f"run {shown(best.metadata.get('run'))}" if key == "run" else f"a run {_OTHER[key]}"
             return f"are not there: these are of {what}"
     # They may be newer: a kill can come between the best and the last checkpoint.
     if not isinstance(epoch, int) or epoch < best_epoch:

@@ -19,6 +19,7 @@ from stas.errors import StoppedEarly, UsageError
 from stas.models.checkpoint import fitting, load_newest, restore_optimizer
 from stas.models.network import Compiled, build_network, place
 from stas.models.trial import check_batch
+from stas.models.weights import pretrained_weights
 from stas.paths import RunPaths, Workspace
 from stas.recipe import dump_recipe, parse_recipe
 from stas.system import distributed
@@ -84,6 +85,7 @@ class TrainingRun:
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
     loss: Callable[[Tensor, Tensor], Tensor]
+    weights: dict[str, Any] | None  # the pretrained ones that it began with; see Pretrained
     newest_record: Record | None = None  # of the last finished epoch, if its checkpoint has it
 
     def metadata(self, state: TrainState, record: Record | None = None) -> dict[str, Any]:
@@ -96,6 +98,7 @@ class TrainingRun:
             "run": self.paths.root.name,
             "store": self.store.key,
             "validation": [self.store.samples[index]["stem"] for index in self.validation],
+            "weights": self.weights,
             "state": state.to_json(),
             "scaler": self.scaler.state_dict(),
             "record": record and finite(record),
@@ -136,7 +139,8 @@ def set_up(
     if ranks.first:
         warn_of_shared_images(store.samples, training, validation)
     torch.manual_seed(recipe.train.seed)
-    network = build_network(recipe.model, recipe.data.size, pretrained=saved is None, turned=recipe.infer.tta)
+    weights = None if saved else pretrained_weights(recipe.model)
+    network = build_network(recipe.model, recipe.data.size, pretrained=weights, turned=recipe.infer.tta)
     check_batch(network, recipe.model, recipe.data.size, ranks.share(recipe.train.batch))
     if saved:
         with fitting(paths.root):
@@ -156,6 +160,8 @@ def set_up(
             for part, part_of in (("training", training), ("validation", validation))
         }
         write_json(paths.split, {"store": store.key} | stems)
+    if weights:
+        log.info("%s: begins with the pretrained weights %s", paths.root, weights)
     log.info("%s: %d ranks on %s", paths.root, ranks.size, ranks.device.type)
     run = TrainingRun(
         recipe=recipe,
@@ -170,6 +176,7 @@ def set_up(
         optimizer=optimizer,
         scaler=scaler,
         loss=build_loss(recipe.loss),
+        weights=saved.metadata.get("weights") if saved else weights and weights.to_json(),
         newest_record=saved and saved.metadata.get("record"),
     )
     return run, state

@@ -1,4 +1,5 @@
 import hashlib
+import json
 import os
 import re
 import subprocess
@@ -6,6 +7,7 @@ import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,9 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from stas.config import Model
 from stas.doctor import weights as doctors_view
-from stas.errors import UsageError
+from stas.errors import InputDataError, UsageError
 from stas.models.network import build_network
+from stas.models.pickles import convert_weights
 from stas.models.weights import find_weights, weights_file_name
+from stas.models.weights_record import record_file
 from stas.recipe import load_recipe
 from tests.support.launch import stas
 
@@ -137,14 +141,19 @@ class Hub(BaseHTTPRequestHandler):
     """As much of the Hugging Face hub as its client asks for: one file in every repository."""
 
     content, name = b"", ""
+    commit = "0" * 40  # of main
+    earlier: ClassVar[dict[str, bytes]] = {}  # commits and their content
 
     def do_HEAD(self):
-        found = self.path.endswith(f"/resolve/main/{self.name}")
+        asked, name = self.path.rsplit("/", 2)[-2:]
+        self.commit = self.commit if asked == "main" else asked
+        self.content = self.earlier.get(self.commit, self.content)
+        found = name == self.name and self.commit in (Hub.commit, *self.earlier)
         self.send_response(200 if found else 404)
         if not found:
             self.send_header("X-Error-Code", "EntryNotFound")
         self.send_header("ETag", f'"{hashlib.sha256(self.content).hexdigest()}"')
-        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("X-Repo-Commit", self.commit)
         self.send_header("Content-Length", str(len(self.content) if found else 0))
         self.end_headers()
 
@@ -164,6 +173,7 @@ def hub(tmp_path):
     torch.manual_seed(2)
     save_file(timm.create_model("mobilenetv3_small_050").state_dict(), tmp_path / "served.safetensors")
     Hub.content, Hub.name = (tmp_path / "served.safetensors").read_bytes(), "model.safetensors"
+    Hub.commit, Hub.earlier = "0" * 40, {}
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     Thread(target=server.serve_forever, daemon=True).start()
     yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf"), "no_proxy": "*"}
@@ -218,6 +228,146 @@ def test_weights_that_cannot_be_fetched_are_an_error(hub, tmp_path):
     done = stas("weights", "fetch", tmp_path / "weights", "--recipe", recipe, **hub)
     assert done.returncode == 2 and "no pretrained weights for encoder" in done.stderr
     assert not (tmp_path / "weights").exists() or not list((tmp_path / "weights").iterdir())
+
+
+@pytest.fixture
+def fetched(hub, tmp_path):
+    """Weights fetched from the hub, whose main branch has moved on since; and the arguments that fetched them."""
+    import timm
+
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text("model: {encoder: tu-mobilenetv3_small_050.lamb_in1k}")
+    arguments = ("weights", "fetch", tmp_path / "weights", "--recipe", recipe)
+    done = stas(*arguments, **hub)
+    assert done.returncode == 0, done.stderr
+    save_file(timm.create_model("mobilenetv3_small_050").state_dict(), tmp_path / "newer.safetensors")
+    Hub.earlier, Hub.commit = {Hub.commit: Hub.content}, "1" * 40
+    Hub.content = (tmp_path / "newer.safetensors").read_bytes()
+    return tmp_path / "weights" / f"{weights_file_name(SMALL)}.safetensors", arguments
+
+
+def test_fetched_weights_are_recorded(fetched, monkeypatch):
+    file, _ = fetched
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    record = {"sha256": digest, "repository": "timm/mobilenetv3_small_050.lamb_in1k", "commit": "0" * 40}
+    assert json.loads(record_file(file).read_text()) == record | {"pickle": None}
+    monkeypatch.setenv("STAS_WEIGHTS_DIR", str(file.parent))
+    recipe = load_recipe("lite0", [f"model.encoder={SMALL.encoder}", "data.size=64"])
+    (finding,) = doctors_view(recipe)
+    assert finding.status == "ok" and f"SHA-256 {digest}, {record['repository']} at commit 000" in finding.found
+
+
+def test_weights_other_than_their_record_says_are_refused(fetched, monkeypatch, hub):
+    file, arguments = fetched
+    monkeypatch.setenv("STAS_WEIGHTS_DIR", str(file.parent))
+    file.write_bytes(Hub.content)  # whole, but another revision's
+    with pytest.raises(UsageError, match=r"(?s)not the weights that .*\.json names .*delete the record"):
+        build_network(SMALL, (64, 64), pretrained=True)
+    again = stas(*arguments, **hub)
+    assert again.returncode == 2 and "not the weights that" in again.stderr and file.read_bytes() == Hub.content
+    recipe = load_recipe("lite0", [f"model.encoder={SMALL.encoder}", "data.size=64"])
+    (finding,) = doctors_view(recipe)
+    assert finding.status == "FAIL" and "not the weights that" in finding.found and "weights fetch" in finding.remedy
+    record_file(file).unlink()  # the message's remedy
+    build_network(SMALL, (64, 64), pretrained=True)
+
+
+@pytest.mark.parametrize("cache", ["old", "empty"])
+def test_a_record_pins_the_revision(fetched, hub, tmp_path, cache):
+    file, arguments = fetched
+    before = file.read_bytes()
+    file.unlink()
+    if cache == "empty":
+        hub["HF_HOME"] = str(tmp_path / "other")
+    assert stas(*arguments, **hub).returncode == 0 and file.read_bytes() == before
+    file.unlink()
+    Hub.earlier = {"0" * 40: Hub.content}  # history was rewritten
+    hub["HF_HOME"] = str(tmp_path / "third")
+    refused = stas(*arguments, **hub)
+    assert refused.returncode == 2 and "not the weights that" in refused.stderr and not file.exists()
+    record_file(file).unlink()
+    assert stas(*arguments, **hub).returncode == 0 and file.read_bytes() == Hub.content
+    assert json.loads(record_file(file).read_text())["commit"] == "1" * 40
+
+
+def test_training_from_the_hub_is_pinned_too(fetched, hub, tmp_path):
+    """Neither the recorded commit's weights nor main's newer ones may differ from the record."""
+    file, _ = fetched
+    expected = load_file(file)["conv_stem.weight"].sum().item()
+    file.unlink()
+    program = (
+        "from stas.config import Model; from stas.models.network import build_network\n"
+        f"network = build_network(Model(encoder={SMALL.encoder!r}), (64, 64), pretrained=True)\n"
+        "print(network.state_dict()['encoder.model.conv_stem.weight'].sum().item())"
+    )
+    here = os.environ | hub | {"STAS_WEIGHTS_DIR": str(file.parent), "HF_HOME": str(tmp_path / "other")}
+    done = subprocess.run([sys.executable, "-c", program], env=here, capture_output=True, text=True)
+    assert float(done.stdout or "nan") == pytest.approx(expected), done.stderr
+
+
+def test_a_damaged_file_in_the_hubs_cache_is_refused(fetched, hub, tmp_path):
+    file, arguments = fetched
+    (blob,) = (path for path in (tmp_path / "hf").rglob("blobs/*") if path.is_file())
+    content = bytearray(blob.read_bytes())
+    content[-1] ^= 1
+    blob.write_bytes(content)
+    file.unlink()
+    record_file(file).unlink()
+
+    refused = stas(*arguments, **(hub | {"HF_HUB_OFFLINE": "1"}))
+    assert refused.returncode == 2 and f"{blob.name}: damaged, because its SHA-256 is" in refused.stderr, refused.stderr
+    assert not file.exists() and not record_file(file).exists()
+
+
+GOOD = {"sha256": "a" * 64}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"sha256": 7}',
+        json.dumps({"sha256": "A" * 64}),
+        json.dumps({"sha256": "a" * 64 + "\n"}),
+        json.dumps(GOOD | {"repository": "a/b"}),
+        json.dumps(GOOD | {"repository": "a/b", "commit": "main"}),
+        json.dumps(GOOD | {"repository": "../../b", "commit": "0" * 40}),
+        json.dumps(GOOD | {"pickle": {}}),
+        "[" * 60_000,
+        " " * 70_000 + json.dumps(GOOD),
+        None,
+    ],
+)
+def test_a_damaged_record_is_refused(small_weights, content):
+    file, tensors = small_weights
+    save_file(tensors, file)
+    record = record_file(file)
+    record.symlink_to("nowhere") if content is None else record.write_text(content)
+    with pytest.raises(InputDataError, match=re.escape(str(record))):
+        build_network(SMALL, (64, 64), pretrained=True)
+    recipe = load_recipe("lite0", [f"model.encoder={SMALL.encoder}", "data.size=64"])
+    (finding,) = doctors_view(recipe)
+    assert finding.status == "FAIL" and str(record) in finding.found
+
+
+def test_converted_weights_are_recorded_and_others_are_not_replaced(tmp_path):
+    pickle, target = tmp_path / "a.pth", tmp_path / "a.safetensors"
+    torch.save({"weight": torch.zeros(2)}, pickle)
+    convert_weights(pickle, target, allow_pickle=True)
+    convert_weights(pickle, target, allow_pickle=True)  # the same again
+    hashes = {"sha256": hashlib.sha256(target.read_bytes()), "pickle": hashlib.sha256(pickle.read_bytes())}
+    expected = {key: value.hexdigest() for key, value in hashes.items()}
+    assert json.loads(record_file(target).read_text()) == {"repository": None, "commit": None} | expected
+    before = target.read_bytes()
+    torch.save({"weight": torch.ones(2)}, pickle)
+    with pytest.raises(UsageError, match=r"not the weights that .*a\.safetensors\.json names"):
+        convert_weights(pickle, target, allow_pickle=True)
+    record_file(target).unlink()
+    with pytest.raises(UsageError, match="other weights are there: move them away"):
+        convert_weights(pickle, target, allow_pickle=True)
+    assert target.read_bytes() == before and not record_file(target).exists()
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Setting up a run: new, resumed, or refused because its recipe or store changed."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -7,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
-from stas.config import Recipe
+from stas.config import Model, Recipe
 from stas.data.store import open_store
 from stas.errors import InputDataError, UsageError
-from stas.models.checkpoint import save_checkpoint, save_last, take_snapshot
+from stas.models.checkpoint import load_checkpoint, save_checkpoint, save_last, take_snapshot
+from stas.models.network import build_network
 from stas.paths import RunPaths, Workspace
 from stas.preprocess import preprocess
 from stas.recipe import parse_recipe
@@ -61,6 +64,32 @@ def test_metadata_restores_the_run(store_workspace: Workspace, tiny: Recipe):
             assert torch.equal(
                 torch.as_tensor(again.optimizer.state_dict()["state"][index][key]), torch.as_tensor(value)
             )
+
+
+def test_a_run_says_which_weights_it_began_with(
+    store_workspace: Workspace, tiny: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch
+):
+    """Also weights that the user put there, without a record; and after the file was replaced."""
+    monkeypatch.setenv("STAS_WEIGHTS_DIR", str(tmp_path))
+    resnet = Model(encoder="resnet18", architecture="Unet")
+    recipe = tiny.model_copy(update={"model": resnet})
+    encoder = build_network(resnet, (64, 64), pretrained=False).get_submodule("encoder").state_dict()
+    file = tmp_path / "resnet18.imagenet.safetensors"
+    save_file(encoder, file)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    paths = store_workspace.run("pretrained")
+    caplog.set_level("INFO")
+    saved(recipe, store_workspace, paths)
+    assert f"begins with the pretrained weights {file}, SHA-256 {digest}" in caplog.text
+    expected = {"file": file.name, "sha256": digest, "repository": None, "commit": None, "pickle": None}
+    assert load_checkpoint(paths.checkpoint("last")).metadata["weights"] == expected
+    file.write_bytes(b"another")
+    again, _ = set_up(recipe, store_workspace, paths, ALONE)
+    assert again.metadata(HALFWAY)["weights"] == expected
+    snapshot = take_snapshot(again.network, again.metadata(HALFWAY) | {"weights": expected | {"sha256": "0" * 64}})
+    save_checkpoint(paths.checkpoint("best"), snapshot)
+    with pytest.raises(InputDataError, match="these are of a run that began with other pretrained weights"):
+        set_up(recipe, store_workspace, paths, ALONE)
 
 
 def test_a_sum_over_other_ranks_stays_the_same():
