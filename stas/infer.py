@@ -37,7 +37,8 @@ from stas.system import distributed
 from stas.system.distributed import Ranks
 from stas.system.files import sha256
 from stas.system.locks import PATIENCE
-from stas.system.publish import Output, building, named, read_manifest
+from stas.system.printing import named
+from stas.system.publish import Output, building, read_manifest
 from stas.system.threads import bar, map_ahead
 from stas.system.untrusted import read_bounded
 

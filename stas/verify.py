@@ -11,8 +11,8 @@ from stas.models.checkpoint import Checkpoint, fitting, load_checkpoint
 from stas.paths import RunPaths, Workspace, manifest_file, store_data
 from stas.recipe import parse_recipe
 from stas.system.files import read_json
-from stas.system.printing import one_line, say
-from stas.system.publish import FORMATS, damage, named, read_manifest
+from stas.system.printing import named, one_line, say
+from stas.system.publish import FORMATS, damage, read_manifest
 from stas.system.untrusted import MAX_JSON_BYTES, MAX_YAML_BYTES, parse_json, parse_yaml, read_bounded
 
 PLACES = ("stores", "runs", "predictions")  # of a workspace

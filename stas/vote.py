@@ -28,8 +28,8 @@ from stas.results.predictions import (
     write_set_manifest,
 )
 from stas.results.provenance import check_present, check_unchanged
-from stas.system.printing import say
-from stas.system.publish import Output, building, check_replaceable, named
+from stas.system.printing import named, say
+from stas.system.publish import Output, building, check_replaceable
 from stas.system.threads import in_threads
 
 log = logging.getLogger(__name__)

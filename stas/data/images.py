@@ -14,8 +14,8 @@ from stas.data.png import decode_grey, encode_mask
 from stas.errors import InputDataError
 from stas.paths import manifest_file
 from stas.system.files import atomic_write
-from stas.system.printing import is_plain
-from stas.system.publish import BYSTANDERS, named
+from stas.system.printing import is_plain, named
+from stas.system.publish import BYSTANDERS
 from stas.system.untrusted import check_file, read_bounded, refusal, stop_if_passing
 
 log = logging.getLogger(__name__)

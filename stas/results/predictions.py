@@ -28,8 +28,8 @@ from stas.data.png import decode_grey
 from stas.errors import InputDataError, StoppedEarly, UsageError
 from stas.results.provenance import Made, check_same_images, read_made
 from stas.system.files import sha256
-from stas.system.printing import is_plain
-from stas.system.publish import SHOWN, Output, named, write_manifest
+from stas.system.printing import is_plain, itemised, named
+from stas.system.publish import Output, write_manifest
 from stas.system.threads import in_threads
 from stas.system.untrusted import read_bounded
 
@@ -266,10 +266,7 @@ def _common_sizes(members: Sequence[Member]) -> dict[str, tuple[int, int]]:
             if (size := grey_size(path)) != sizes[stem]:
                 problems.append(f"{stem}: {_size(sizes[stem])} in {first.name}, {_size(size)} in {other.name}")
     if problems:
-        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise InputDataError(
-            "the members' masks differ in size (width x height):\n  " + "\n  ".join(problems[:SHOWN]) + more
-        )
+        raise InputDataError(f"the members' masks differ in size (width x height):{itemised(problems)}")
     return sizes
 
 

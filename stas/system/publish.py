@@ -19,7 +19,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,13 +29,13 @@ from stas import paths
 from stas.errors import InputDataError, UsageError
 from stas.system.files import exchange, read_json, remove_leftovers, sha256, sync_files, sync_path
 from stas.system.locks import lock
+from stas.system.printing import named
 from stas.system.sealed import check_room, read_sealed, write_sealed
 from stas.system.threads import in_threads
 from stas.system.untrusted import shown
 
 log = logging.getLogger(__name__)
 
-SHOWN = 10  # cases named in a message; more would bury the rest of it
 BYSTANDERS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # left by file browsers in any directory they show
 
 Kind = Literal["store", "prediction set", "vote", "evaluation", "mask set"]
@@ -263,13 +263,6 @@ def remove_abandoned(parent: Path, seconds: float) -> None:
         if time.time() - newest > seconds:
             log.info("%s: removed; a process was killed while building it", partial)
             _remove(partial)
-
-
-def named(cases: Iterable[str]) -> str:
-    """The names of the first cases, and how many more there are."""
-    listed = list(cases)
-    more = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
-    return ", ".join(listed[:SHOWN]) + more
 
 
 def _publish(partial: Path, output: Output) -> None:
