@@ -21,7 +21,7 @@ AGAIN = "move it away and run the stage that made it again"
 
 
 def verify(paths: Sequence[Path]) -> None:
-    """Check stores, runs, prediction sets, votes and evaluations, and print a line or more for each.
+    """Check stores, runs, prediction sets, votes, evaluations and mask sets, and print a line or more for each.
 
     Args:
         paths: any of these, or workspaces, all of whose outputs are checked.

@@ -1,7 +1,7 @@
 """Prediction sets on disk: one mask per image, and checks that several sets belong together.
 
 A set made by `stas` has 0/255 masks and a manifest with
-    "label": the label of the foreground, "images": {stem: {"height": int, "width": int}}, "sha256": {file: its hash}
+    "label": the label of the foreground, "images": {stem: {"height": int, "width": int}}, "probabilities": bool
 in addition to the keys of every manifest (see stas/system/publish.py). Sets from elsewhere need no manifest: any
 directory of mask PNGs is one.
 """
