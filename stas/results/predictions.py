@@ -31,7 +31,7 @@ from stas.system.files import sha256
 from stas.system.printing import is_plain, itemised, named
 from stas.system.publish import Output, write_manifest
 from stas.system.threads import in_threads
-from stas.system.untrusted import read_bounded
+from stas.system.untrusted import read_bounded, resolved
 
 log = logging.getLogger(__name__)
 
@@ -208,23 +208,15 @@ def _pixel_sha256(values: Grey) -> str:
     return hashed.hexdigest()
 
 
-def resolve(path: Path) -> Path:
-    """The path with its links followed; itself if they form a loop."""
-    try:
-        return path.resolve()
-    except (OSError, RuntimeError):
-        return path.absolute()
-
-
 def _unique_names(directories: Sequence[Path]) -> list[str]:
-    resolved = [resolve(directory) for directory in directories]
-    for directory in resolved:
-        if resolved.count(directory) > 1:
+    places = [resolved(directory) for directory in directories]
+    for directory in places:
+        if places.count(directory) > 1:
             raise UsageError(f"{directory}: given more than once; each member counts once")
-    longest = max((len(directory.parts) for directory in resolved), default=0)
-    names = [str(directory) for directory in resolved]
+    longest = max((len(directory.parts) for directory in places), default=0)
+    names = [str(directory) for directory in places]
     for depth in range(1, longest):
-        shorter = ["/".join(directory.parts[-depth:]) for directory in resolved]
+        shorter = ["/".join(directory.parts[-depth:]) for directory in places]
         if len(set(shorter)) == len(shorter):
             names = shorter
             break
