@@ -18,13 +18,13 @@ from stas.data.images import (
     MAX_PIXELS,
     MAX_SIDE,
     grey_size,
-    list_images,
     read_grey,
     read_image,
     stated_size,
     write_mask,
     write_probability,
 )
+from stas.data.listing import list_images
 from stas.data.png import decode_grey
 from stas.errors import InputDataError, StoppedEarly, UsageError
 from stas.models.checkpoint import Checkpoint, fitting, load_checkpoint

@@ -8,16 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stas.data.annotations import MAX_FILE_BYTES, Annotation, find_image, read_labelme
-from stas.data.images import (
-    IMAGE_SUFFIXES,
-    MAX_IMAGE_BYTES,
-    SAME_NAME,
-    check_plain,
-    check_stem,
-    fold,
-    list_files,
-    list_images,
-)
+from stas.data.images import MAX_IMAGE_BYTES
+from stas.data.listing import IMAGE_SUFFIXES, SAME_NAME, check_plain, check_stem, fold, list_files, list_images
 from stas.data.store_manifest import Skipped
 from stas.data.store_spec import StoreSpec
 from stas.errors import InputDataError, StoppedEarly, UnreadableError

@@ -15,15 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from stas.data.images import (
-    MAX_IMAGE_BYTES,
-    MAX_PIXELS,
-    MAX_SIDE,
-    grey_size,
-    is_graded,
-    list_images,
-    read_grey,
-)
+from stas.data.images import MAX_IMAGE_BYTES, MAX_PIXELS, MAX_SIDE, grey_size, is_graded, read_grey
+from stas.data.listing import list_images
 from stas.data.png import decode_grey
 from stas.errors import InputDataError, StoppedEarly, UsageError
 from stas.results.provenance import Made, check_same_images, read_made

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stas.data.annotations import MAX_FILE_BYTES, Annotation, rasterise, read_labelme
-from stas.data.images import MAX_IMAGE_BYTES, SAME_NAME, fold, list_images, read_grey
+from stas.data.images import MAX_IMAGE_BYTES, read_grey
+from stas.data.listing import SAME_NAME, fold, list_images
 from stas.errors import InputDataError
 from stas.results.foreground import refuse_colour, two_valued
 from stas.results.predictions import Grey, changed, read_once
