@@ -1,7 +1,6 @@
 """The command-line parser: every command and its options."""
 
 import argparse
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -10,7 +9,7 @@ from stas.errors import UsageError
 from stas.paths import MAX_NEW_NAME, check_given
 from stas.system.printing import is_plain, one_line, say, show
 
-MANY = 10**9  # upper limit of every number: Python's own functions refuse some that are larger
+MANY = 10**9  # upper limit of every whole number and time: Python's own functions refuse some that are larger
 
 EPILOG = (
     "Exit codes: 0 done, 1 failed, 2 wrong option or recipe, 3 bad input data, "
@@ -38,8 +37,8 @@ def gpus(text: str) -> int | Literal["all"]:
     """Read a number of GPUs, or `all`."""
     if text == "all":
         return "all"
-    if not text.isascii() or not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of GPUs: write 4, 0 for the CPU, or all")
+    if not text.isascii() or not text.isdigit() or len(text) > len(str(MANY)):
+        raise argparse.ArgumentTypeError(f"{_short(text)} is not a number of GPUs: write 4, 0 for the CPU, or all")
     return int(text)
 
 
@@ -56,17 +55,6 @@ def number(least: int) -> Callable[[str], int]:
         return value
 
     return read
-
-
-def finite(text: str) -> float:
-    """Read a number that is neither infinite nor NaN."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not abs(value) <= MANY:
-        raise argparse.ArgumentTypeError(f"{_short(text)} is not a number from -{MANY} to {MANY}")
-    return value
 
 
 def word(text: str) -> str:
@@ -149,10 +137,10 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(command="verify")
     command.add_argument(
         "paths",
-        type=Path,
+        type=path,
         nargs="*",
         metavar="PATH",
-        help="stores, runs, prediction sets, votes, evaluations or workspaces (default: the workspace)",
+        help="stores, runs, prediction sets, votes, evaluations, masks or workspaces (default: the workspace)",
     )
     _add_workspace(command)
     return parser

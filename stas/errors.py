@@ -5,6 +5,7 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_BAD_INPUT = 3
 EXIT_RESUMABLE = 75
+KEPT = "Everything finished so far is kept; run the same command again to resume"  # the end of a remedy
 
 
 class UsageError(ValueError):

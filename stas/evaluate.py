@@ -15,7 +15,8 @@ from PIL import Image
 
 from stas.config import Data
 from stas.data.annotations import find_image, read_labelme
-from stas.data.images import MAX_IMAGE_BYTES, list_images, read_image
+from stas.data.images import MAX_IMAGE_BYTES, read_image
+from stas.data.listing import list_images
 from stas.errors import InputDataError, UsageError
 from stas.results.foreground import Seen, check_threshold, foreground, log_seen
 from stas.results.metrics import bootstrap_interval, confusion, dice, iou, mean_dice, pooled_dice, precision, recall

@@ -18,13 +18,13 @@ from stas.data.images import (
     MAX_PIXELS,
     MAX_SIDE,
     grey_size,
-    list_images,
     read_grey,
     read_image,
     stated_size,
     write_mask,
     write_probability,
 )
+from stas.data.listing import list_images
 from stas.data.png import decode_grey
 from stas.errors import InputDataError, StoppedEarly, UsageError
 from stas.models.checkpoint import Checkpoint, fitting, load_checkpoint
@@ -37,7 +37,8 @@ from stas.system import distributed
 from stas.system.distributed import Ranks
 from stas.system.files import sha256
 from stas.system.locks import PATIENCE
-from stas.system.publish import Output, building, named, read_manifest
+from stas.system.printing import named
+from stas.system.publish import Output, building, read_manifest
 from stas.system.threads import bar, map_ahead
 from stas.system.untrusted import read_bounded
 

@@ -85,7 +85,7 @@ class RunPaths:
 
 
 def manifest_file(directory: Path) -> Path:
-    """The manifest of a store or a prediction set."""
+    """The manifest of a store, a prediction set or any other published directory."""
     return directory / "manifest.json"
 
 

@@ -25,7 +25,7 @@ from stas.data.workers import records
 from stas.errors import InputDataError, StoppedEarly, UsageError
 from stas.paths import Workspace
 from stas.system.files import sha256
-from stas.system.printing import say
+from stas.system.printing import named, say
 from stas.system.publish import check_replaceable
 from stas.system.resources import cores
 from stas.system.threads import bar
@@ -227,7 +227,7 @@ def _check_label(annotations: Sequence[Path], label: str) -> None:
             except InputDataError:
                 continue  # already listed as bad
     if labels and label not in labels:
-        found = ", ".join(f"{name} ({count})" for name, count in labels.most_common(10))
+        found = named(f"{name} ({count})" for name, count in labels.most_common())
         raise UsageError(f"data.label {label!r}: no shape has this label; found {found}: use --set data.label=...")
     log.warning("no sample has any foreground: a network cannot learn from them")
 

@@ -11,8 +11,8 @@ from stas.models.checkpoint import Checkpoint, fitting, load_checkpoint
 from stas.paths import RunPaths, Workspace, manifest_file, store_data
 from stas.recipe import parse_recipe
 from stas.system.files import read_json
-from stas.system.printing import one_line, say
-from stas.system.publish import FORMATS, damage, named, read_manifest
+from stas.system.printing import named, one_line, say
+from stas.system.publish import FORMATS, damage, read_manifest
 from stas.system.untrusted import MAX_JSON_BYTES, MAX_YAML_BYTES, parse_json, parse_yaml, read_bounded
 
 PLACES = ("stores", "runs", "predictions")  # of a workspace
@@ -21,7 +21,7 @@ AGAIN = "move it away and run the stage that made it again"
 
 
 def verify(paths: Sequence[Path]) -> None:
-    """Check stores, runs, prediction sets, votes and evaluations, and print a line or more for each.
+    """Check stores, runs, prediction sets, votes, evaluations and mask sets, and print a line or more for each.
 
     Args:
         paths: any of these, or workspaces, all of whose outputs are checked.

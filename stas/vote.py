@@ -24,13 +24,13 @@ from stas.results.predictions import (
     list_members,
     pixel_hashes,
     read_once,
-    resolve,
     write_set_manifest,
 )
 from stas.results.provenance import check_present, check_unchanged
-from stas.system.printing import say
-from stas.system.publish import Output, building, check_replaceable, named
+from stas.system.printing import named, say
+from stas.system.publish import Output, building, check_replaceable
 from stas.system.threads import in_threads
+from stas.system.untrusted import resolved
 
 log = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ def _check_options(
     soft: bool,
     threshold: float | None,
 ) -> None:
-    if resolve(out) in [resolve(member) for member in members]:
+    if resolved(out) in [resolved(member) for member in members]:
         raise UsageError(f"{out} is a member and cannot also be the vote's directory: give another")
     check_threshold(threshold)
     check_replaceable(out, "vote")

@@ -10,7 +10,7 @@ from torch import Tensor
 from scripts.bench.measure import Row, interleaved, named_seconds, one_thread
 from scripts.bench.site import Site, multiplied
 from stas import infer as stage
-from stas.data.images import list_images
+from stas.data.listing import list_images
 from stas.models.checkpoint import save_checkpoint, take_snapshot
 from stas.models.network import build_network, place
 from stas.models.predict import Picture, Settings, predict_logits

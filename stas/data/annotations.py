@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from stas.data.images import IMAGE_SUFFIXES, MAX_SIDE
+from stas.data.images import MAX_SIDE
+from stas.data.listing import IMAGE_SUFFIXES
 from stas.errors import InputDataError, UnreadableError
 from stas.system.untrusted import parse_json, read_bounded, refusal, shown, stop_if_passing
 

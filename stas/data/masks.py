@@ -11,7 +11,8 @@ from stas.data.images import write_mask
 from stas.data.store import Store
 from stas.errors import InputDataError, UsageError
 from stas.paths import mask_file
-from stas.system.publish import Output, building, named, read_manifest, write_manifest
+from stas.system.printing import named
+from stas.system.publish import Output, building, read_manifest, write_manifest
 from stas.system.threads import bar
 from stas.system.untrusted import shown, stop_if_passing
 

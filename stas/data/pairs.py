@@ -8,16 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stas.data.annotations import MAX_FILE_BYTES, Annotation, find_image, read_labelme
-from stas.data.images import (
-    IMAGE_SUFFIXES,
-    MAX_IMAGE_BYTES,
-    SAME_NAME,
-    check_plain,
-    check_stem,
-    fold,
-    list_files,
-    list_images,
-)
+from stas.data.images import MAX_IMAGE_BYTES
+from stas.data.listing import IMAGE_SUFFIXES, SAME_NAME, check_plain, check_stem, fold, list_files, list_images
 from stas.data.store_manifest import Skipped
 from stas.data.store_spec import StoreSpec
 from stas.errors import InputDataError, StoppedEarly, UnreadableError
@@ -26,7 +18,7 @@ from stas.system.files import sha256
 from stas.system.publish import FORMATS, read_manifest
 from stas.system.resources import cores
 from stas.system.threads import bar, map_ahead
-from stas.system.untrusted import check_file, refusal, shown, stop_if_passing
+from stas.system.untrusted import check_file, refusal, resolved, shown, stop_if_passing
 
 ANNOTATION_SUFFIXES = (".json", ".png")
 
@@ -62,13 +54,13 @@ def find_pairs(images: Sequence[Path], annotations: Sequence[Path]) -> tuple[lis
             user may not read a file.
         StoppedEarly: this machine could not read a file for now, or a file has just been removed.
     """
-    image_places, annotation_places = ({_resolved(place) for place in places} for places in (images, annotations))
+    image_places, annotation_places = ({resolved(place) for place in places} for places in (images, annotations))
     image_files = _by_stem(
         images,
         # It may have none, because images can be embedded in the annotations.
         lambda place: list_images(
             place,
-            others=ANNOTATION_SUFFIXES if _resolved(place) in annotation_places else (),
+            others=ANNOTATION_SUFFIXES if resolved(place) in annotation_places else (),
             may_be_empty=True,
             any_name=True,
         ),
@@ -88,12 +80,12 @@ def find_pairs(images: Sequence[Path], annotations: Sequence[Path]) -> tuple[lis
     found = list(bar(map_ahead(resolve, annotation_files, min(8, cores())), len(annotation_files), "hash"))
     pairs, twice = _one_annotation_each([pair for pair in found if isinstance(pair, Pair)])
     bad = [*double.values(), *(entry for entry in found if not isinstance(entry, Pair)), *twice]
-    used = {_resolved(pair.image) for pair in pairs if pair.image}
+    used = {resolved(pair.image) for pair in pairs if pair.image}
     remedy = "annotate it (a LabelMe file without shapes means that there is no foreground) or move it away"
     bad += [
         skipped(path, InputDataError(f"{path}: no annotation with this stem: {remedy}"))
         for stem, path in image_files.items()
-        if stem not in annotation_files and stem not in double and _resolved(path) not in used
+        if stem not in annotation_files and stem not in double and resolved(path) not in used
     ]
     return pairs, sorted(bad, key=lambda entry: entry["file"])
 
@@ -179,15 +171,6 @@ def _pair(annotation: Path, image: Path | None, images: Sequence[Path]) -> Pair:
     return Pair(annotation, image, *pair_hashes(annotation, image, content))
 
 
-def _resolved(path: Path) -> Path:
-    """The path with its links followed; unchanged if they form a loop."""
-    try:
-        return path.resolve()
-    except (OSError, RuntimeError) as error:
-        stop_if_passing(path, error)
-        return path
-
-
 def _one_annotation_each(found: Sequence[Pair]) -> tuple[list[Pair], list[Skipped]]:
     """Refuse an image's second annotation: the image could end up in both training and validation."""
     pairs: list[Pair] = []
@@ -195,7 +178,7 @@ def _one_annotation_each(found: Sequence[Pair]) -> tuple[list[Pair], list[Skippe
     annotated: dict[Path, Path] = {}
     # An annotation with the image's own stem comes first.
     for pair in sorted(found, key=lambda pair: (pair.image is not None and pair.image.stem != pair.stem, pair.stem)):
-        first = annotated.setdefault(_resolved(pair.image), pair.annotation) if pair.image else pair.annotation
+        first = annotated.setdefault(resolved(pair.image), pair.annotation) if pair.image else pair.annotation
         if first == pair.annotation:
             pairs.append(pair)
         else:
@@ -212,7 +195,7 @@ def _list_annotations(directories: Sequence[Path], images: set[Path]) -> tuple[d
         if not directory.is_dir():
             raise InputDataError(f"{directory}: not a directory: name the directory that contains the annotations")
         suffixes, others = ANNOTATION_SUFFIXES, ()
-        if _resolved(directory) in images:
+        if resolved(directory) in images:
             suffixes, others = (".json",), IMAGE_SUFFIXES
         found: dict[str, Path] = {}
         folded: dict[str, Path] = {}
@@ -244,7 +227,7 @@ def _by_stem(directories: Sequence[Path], listing: Callable[[Path], dict[str, Pa
     """The files of several directories by stem."""
     files: dict[str, Path] = {}
     folded: dict[str, Path] = {}
-    for directory in {_resolved(directory): directory for directory in directories}.values():
+    for directory in {resolved(directory): directory for directory in directories}.values():
         before = dict(folded)
         for stem, path in listing(directory).items():
             if other := before.get(fold(stem)):

@@ -12,7 +12,7 @@ from pathlib import Path
 from stas.config import Split
 from stas.data.store import Sample
 from stas.errors import UsageError
-from stas.system.publish import named
+from stas.system.printing import named
 from stas.system.untrusted import read_bounded, shown
 
 log = logging.getLogger(__name__)

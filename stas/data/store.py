@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from stas import paths
 from stas.config import Data
 from stas.data.deflate import unpack
-from stas.data.images import is_plain_stem
+from stas.data.listing import is_plain_stem
 from stas.data.store_file import MAKE_AGAIN, close, environment, local_copy
 from stas.data.store_manifest import Sample, read_store_manifest
 from stas.data.store_spec import StoreSpec, store_spec

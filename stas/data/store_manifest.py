@@ -14,7 +14,8 @@ from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationEr
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from stas.config import MAX_INPUT_SIDE
-from stas.data.images import MAX_PIXELS, MAX_SIDE, is_plain_stem
+from stas.data.images import MAX_PIXELS, MAX_SIDE
+from stas.data.listing import is_plain_stem
 from stas.data.store_file import MAKE_AGAIN
 from stas.data.store_spec import StoreSpec
 from stas.errors import InputDataError

@@ -192,6 +192,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         InputDataError: missing, damaged, or not made by stas.
+        StoppedEarly: this machine could not read it for now, or has too little memory.
     """
     if not path.exists():
         raise InputDataError(f"{path}: no such checkpoint; train the run first, or name another with --run")

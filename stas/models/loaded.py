@@ -1,6 +1,6 @@
 """Whether pretrained weights fill an encoder. timm and smp load with `strict=False`, which accepts any file."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from stas.errors import UsageError
+from stas.system.printing import named
 
 NAMED = 3  # tensors named in a message
 COUNTER = "num_batches_tracked"  # of batch normalisation: older files lack it, and nothing reads it
@@ -49,6 +50,10 @@ def _problem(tensor: Tensor, found: Tensor | None) -> str:
     return ""
 
 
+def _named(tensors: Iterable[str]) -> str:
+    return named((name[:150] for name in tensors), NAMED)
+
+
 @contextmanager
 def watched_loading() -> Iterator[Loaded]:
     """Note every `load_state_dict` in the block; what does not fit is left out, and `check_filled` reports it."""
@@ -87,16 +92,11 @@ def check_filled(encoder: nn.Module, loaded: Loaded, source: str, name: str) -> 
     if lost:
         like = f"; the file's own names are like {loaded.example[:60]}" if loaded.example else ""
         raise UsageError(
-            f"{source}: {len(lost)} of the {len(own)} tensors of encoder {name!r} do not fit: {_first(lost)}{like}"
+            f"{source}: {len(lost)} of the {len(own)} tensors of encoder {name!r} do not fit: {_named(lost)}{like}"
             f"{remedy}"
         )
     if extra := [key for key in loaded.extra if not key.endswith(COUNTER)]:
         raise UsageError(
-            f"{source}: not the weights of encoder {name!r}, which has no {_first(extra)}: they are of a larger one"
+            f"{source}: not the weights of encoder {name!r}, which has no {_named(extra)}: they are of a larger one"
             f"{remedy}"
         )
-
-
-def _first(names: list[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(name[:150] for name in names[:NAMED]) + more

@@ -1,7 +1,7 @@
 """Prediction sets on disk: one mask per image, and checks that several sets belong together.
 
 A set made by `stas` has 0/255 masks and a manifest with
-    "label": the label of the foreground, "images": {stem: {"height": int, "width": int}}, "sha256": {file: its hash}
+    "label": the label of the foreground, "images": {stem: {"height": int, "width": int}}, "probabilities": bool
 in addition to the keys of every manifest (see stas/system/publish.py). Sets from elsewhere need no manifest: any
 directory of mask PNGs is one.
 """
@@ -15,23 +15,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from stas.data.images import (
-    MAX_IMAGE_BYTES,
-    MAX_PIXELS,
-    MAX_SIDE,
-    grey_size,
-    is_graded,
-    list_images,
-    read_grey,
-)
+from stas.data.images import MAX_IMAGE_BYTES, MAX_PIXELS, MAX_SIDE, grey_size, is_graded, read_grey
+from stas.data.listing import list_images
 from stas.data.png import decode_grey
 from stas.errors import InputDataError, StoppedEarly, UsageError
 from stas.results.provenance import Made, check_same_images, read_made
 from stas.system.files import sha256
-from stas.system.printing import is_plain
-from stas.system.publish import SHOWN, Output, named, write_manifest
+from stas.system.printing import is_plain, itemised, named
+from stas.system.publish import Output, write_manifest
 from stas.system.threads import in_threads
-from stas.system.untrusted import read_bounded
+from stas.system.untrusted import read_bounded, resolved
 
 log = logging.getLogger(__name__)
 
@@ -208,23 +201,15 @@ def _pixel_sha256(values: Grey) -> str:
     return hashed.hexdigest()
 
 
-def resolve(path: Path) -> Path:
-    """The path with its links followed; itself if they form a loop."""
-    try:
-        return path.resolve()
-    except (OSError, RuntimeError):
-        return path.absolute()
-
-
 def _unique_names(directories: Sequence[Path]) -> list[str]:
-    resolved = [resolve(directory) for directory in directories]
-    for directory in resolved:
-        if resolved.count(directory) > 1:
+    places = [resolved(directory) for directory in directories]
+    for directory in places:
+        if places.count(directory) > 1:
             raise UsageError(f"{directory}: given more than once; each member counts once")
-    longest = max((len(directory.parts) for directory in resolved), default=0)
-    names = [str(directory) for directory in resolved]
+    longest = max((len(directory.parts) for directory in places), default=0)
+    names = [str(directory) for directory in places]
     for depth in range(1, longest):
-        shorter = ["/".join(directory.parts[-depth:]) for directory in resolved]
+        shorter = ["/".join(directory.parts[-depth:]) for directory in places]
         if len(set(shorter)) == len(shorter):
             names = shorter
             break
@@ -266,10 +251,7 @@ def _common_sizes(members: Sequence[Member]) -> dict[str, tuple[int, int]]:
             if (size := grey_size(path)) != sizes[stem]:
                 problems.append(f"{stem}: {_size(sizes[stem])} in {first.name}, {_size(size)} in {other.name}")
     if problems:
-        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise InputDataError(
-            "the members' masks differ in size (width x height):\n  " + "\n  ".join(problems[:SHOWN]) + more
-        )
+        raise InputDataError(f"the members' masks differ in size (width x height):{itemised(problems)}")
     return sizes
 
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from stas.errors import InputDataError, StoppedEarly
 from stas.models.checksum import written_checksum
 from stas.paths import PLAIN_NAME, Workspace, manifest_file
-from stas.system.publish import SHOWN, Kind, named, read_manifest
+from stas.system.printing import itemised, named
+from stas.system.publish import Kind, read_manifest
 
 if TYPE_CHECKING:  # the listing imports this file
     from stas.results.predictions import Member
@@ -134,9 +135,8 @@ def check_same_images(members: Sequence["Member"]) -> None:
             problems.append(f"{other.name}, compared with {first.name}: {len(stems)} of {len(images)} ({named(stems)})")
     if problems:
         raise InputDataError(
-            "the members were predicted from different images of the same names:\n  "
-            + _lines(problems)
-            + "\nRun `stas infer` for all of them with the same --images"
+            f"the members were predicted from different images of the same names:{itemised(problems)}\n"
+            "Run `stas infer` for all of them with the same --images"
         )
 
 
@@ -157,9 +157,8 @@ def check_present(members: Sequence["Member"], workspace: Workspace, runs: Seque
     if problems:
         raise InputDataError(
             f"{len(problems)} of {len(members)} members' masks are not known to be those of their runs' present "
-            "checkpoints:\n  "
-            + _lines(problems)
-            + "\nRun `stas infer` again for these members. To vote on these very masks, name their directories with "
+            f"checkpoints:{itemised(problems)}\n"
+            "Run `stas infer` again for these members. To vote on these very masks, name their directories with "
             "--members"
         )
 
@@ -197,8 +196,3 @@ def check_vote_of(members: Sequence["Member"]) -> None:
                 f"{member.directory} is a vote on other masks than the present ones of {named(newer)}: "
                 "run `stas vote` again"
             )
-
-
-def _lines(problems: Sequence[str]) -> str:
-    more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-    return "\n  ".join(problems[:SHOWN]) + more

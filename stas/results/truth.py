@@ -10,18 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stas.data.annotations import MAX_FILE_BYTES, Annotation, rasterise, read_labelme
-from stas.data.images import MAX_IMAGE_BYTES, SAME_NAME, fold, list_images, read_grey
+from stas.data.images import MAX_IMAGE_BYTES, read_grey
+from stas.data.listing import SAME_NAME, fold, list_images
 from stas.errors import InputDataError
 from stas.results.foreground import refuse_colour, two_valued
 from stas.results.predictions import Grey, changed, read_once
 from stas.system.files import sha256
-from stas.system.publish import named
+from stas.system.printing import named
 from stas.system.threads import in_threads
 from stas.system.untrusted import shown
 
 log = logging.getLogger(__name__)
-
-NAMED_LABELS = 10
 
 
 @dataclass(frozen=True)
@@ -115,11 +114,10 @@ def unknown_label(truth: Truth, labels: Iterable[Counter[str]]) -> str | None:
     found = sum(labels, Counter())
     if not found or truth.label in found:
         return None
-    listed = ", ".join(f"{shown(name)} ({count})" for name, count in found.most_common(NAMED_LABELS))
-    more = f" and {len(found) - NAMED_LABELS} more" if len(found) > NAMED_LABELS else ""
+    listed = named(f"{shown(name)} ({count})" for name, count in found.most_common())
     return (
         f"{truth.directory}: no shape has the label {shown(truth.label)}, so every prediction is scored against an "
-        f"empty truth; the labels there (and how many shapes) are {listed}{more}: is --label right?"
+        f"empty truth; the labels there (and how many shapes) are {listed}: is --label right?"
     )
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from stas.errors import EXIT_FAILED, EXIT_USAGE, InputDataError
+from stas.errors import EXIT_FAILED, EXIT_USAGE, KEPT, InputDataError
 from stas.system.heartbeat import beat
 from stas.system.printing import escaped_json
 from stas.system.untrusted import MAX_JSON_BYTES, check_file, parse_json, read_bounded, refusal
@@ -77,7 +77,7 @@ def system_trouble(error: OSError) -> tuple[str, int] | None:
         return _told(error, _REMEDIES[error.errno]), EXIT_FAILED
     if error.errno in _NAME_REMEDIES:
         return _told(error, _NAME_REMEDIES[error.errno]), EXIT_USAGE
-    return _told(error, f"make sure that it is there and that this user may use it. {_KEPT}"), EXIT_FAILED
+    return _told(error, f"make sure that it is there and that this user may use it. {KEPT}"), EXIT_FAILED
 
 
 def _told(error: OSError, remedy: str) -> str:
@@ -94,19 +94,18 @@ def _unnamed() -> str:
     return "a file"
 
 
-_KEPT = "Everything finished so far is kept; run the same command again to resume"
 _REMEDIES = {
-    errno.ENOSPC: f"free some space there, or use a larger volume. {_KEPT}",
-    errno.EDQUOT: f"delete files you do not need, or ask for a larger quota. {_KEPT}",
-    errno.EFBIG: f"raise the limit on the size of files (ulimit -f), or use another file system. {_KEPT}",
-    errno.EROFS: f"mount the volume for writing, or use another directory. {_KEPT}",
-    errno.EACCES: f"let this user read and write there, or use another directory. {_KEPT}",
-    errno.EPERM: f"let this user read and write there, or use another directory. {_KEPT}",
-    errno.EIO: f"the disk or its network failed; check the kernel log. {_KEPT}",
-    errno.ESTALE: f"the file server lost the file; mount the volume again. {_KEPT}",
-    errno.EMFILE: f"raise the limit on open files (ulimit -n). {_KEPT}",
-    errno.ENFILE: f"close other programs: this machine has no more open files to give. {_KEPT}",
-    errno.EAGAIN: f"raise the limit on processes (ulimit -u), or use fewer workers. {_KEPT}",
+    errno.ENOSPC: f"free some space there, or use a larger volume. {KEPT}",
+    errno.EDQUOT: f"delete files you do not need, or ask for a larger quota. {KEPT}",
+    errno.EFBIG: f"raise the limit on the size of files (ulimit -f), or use another file system. {KEPT}",
+    errno.EROFS: f"mount the volume for writing, or use another directory. {KEPT}",
+    errno.EACCES: f"let this user read and write there, or use another directory. {KEPT}",
+    errno.EPERM: f"let this user read and write there, or use another directory. {KEPT}",
+    errno.EIO: f"the disk or its network failed; check the kernel log. {KEPT}",
+    errno.ESTALE: f"the file server lost the file; mount the volume again. {KEPT}",
+    errno.EMFILE: f"raise the limit on open files (ulimit -n). {KEPT}",
+    errno.ENFILE: f"close other programs: this machine has no more open files to give. {KEPT}",
+    errno.EAGAIN: f"raise the limit on processes (ulimit -u), or use fewer workers. {KEPT}",
 }
 _NAME_REMEDIES = {
     errno.ENAMETOOLONG: "use a shorter name",
@@ -192,7 +191,11 @@ def append_json_line(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Read a JSON file; raise InputDataError naming the file if it is not valid."""
-    content = read_bounded(path, MAX_JSON_BYTES)
+    return parse_json_file(path, read_bounded(path, MAX_JSON_BYTES))
+
+
+def parse_json_file(path: Path, content: bytes) -> Any:
+    """Parse the content of a JSON file; raise InputDataError naming the file if it is not valid."""
     try:
         return parse_json(content)
     except ValueError as error:

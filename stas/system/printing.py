@@ -12,9 +12,11 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Iterable, Sequence
 from typing import TextIO
 
 MAX_CHARACTERS = 20_000  # of one log record or error: a name in it may be megabytes long
+SHOWN = 10  # cases named in a message; more would bury the rest of it
 _ENDING = 2000  # characters kept from the end of a longer one, which is where the remedy is
 # Control characters but tab and line feed, signs that reorder text, other line breaks, and halves of characters.
 _UNSAFE = re.compile(
@@ -32,6 +34,19 @@ def printable(text: str) -> str:
 def one_line(text: str) -> str:
     """`text` on one line, and not too much of it."""
     return printable(_shortened(text)).replace("\n", "\\n")
+
+
+def named(cases: Iterable[str], most: int = SHOWN) -> str:
+    """The names of the first cases, and how many more there are."""
+    listed = list(cases)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more
+
+
+def itemised(problems: Sequence[str]) -> str:
+    """The first problems on lines of their own, and how many more there are."""
+    more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+    return "".join(f"\n  {line}" for line in [*problems[:SHOWN], *more])
 
 
 def is_plain(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""The one way to publish a directory of results: stores, prediction sets, votes and evaluations.
+"""The one way to publish a directory of results: stores, prediction sets, votes, evaluations and mask sets.
 
 Finished? Then there is nothing to do. If not: lock; remove leftovers; finished by now? build; check the lock; publish.
 
@@ -19,7 +19,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,13 +29,14 @@ from stas import paths
 from stas.errors import InputDataError, UsageError
 from stas.system.files import exchange, read_json, remove_leftovers, sha256, sync_files, sync_path
 from stas.system.locks import lock
+from stas.system.printing import named
 from stas.system.sealed import check_room, read_sealed, write_sealed
 from stas.system.threads import in_threads
 from stas.system.untrusted import shown
 
 log = logging.getLogger(__name__)
 
-SHOWN = 10  # cases named in a message; more would bury the rest of it
+MISSING = "missing"
 BYSTANDERS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # left by file browsers in any directory they show
 
 Kind = Literal["store", "prediction set", "vote", "evaluation", "mask set"]
@@ -176,21 +177,29 @@ def damage(directory: Path, *kinds: Kind) -> list[str]:
     Raises:
         InputDataError: see `read_manifest`.
     """
-    content = read_manifest(directory, *kinds)
-    recorded: dict[str, Any] = content["files"]
-    sizes = _sizes(directory)
-    problems = [f"{name}: missing" for name in recorded if name not in sizes]
-    problems += [f"{name}: added since it was made" for name in sizes if name not in recorded]
-    for name in [name for name in sizes if name in recorded and sizes[name] != recorded[name]]:
-        problems.append(f"{name}: {sizes[name]} bytes instead of {shown(recorded[name])}")
-    same = [name for name, size in sizes.items() if size is not None and recorded.get(name) == size]
+    return [f"{name}: {problem}" for name, problem in _problems(directory, read_manifest(directory, *kinds)).items()]
+
+
+def _problems(directory: Path, content: dict[str, Any]) -> dict[str, str]:
+    """What is wrong with each file of a directory, by relative name, given its manifest.
+
+    All are read, because a mask that somebody corrected may have the same size.
+    """
+    recorded, sizes = content["files"], _sizes(directory)
+    problems = dict.fromkeys((name for name in recorded if name not in sizes), MISSING)
+    problems |= {name: "added since it was made" for name in sizes if name not in recorded}
+    problems |= {
+        name: f"{size} bytes instead of {shown(recorded[name])}"
+        for name, size in sizes.items()
+        if name not in problems and (size is None or size != recorded[name])
+    }
+    same = [name for name in sizes if name not in problems]
     hashes = in_threads(lambda name: _hash_or_error(directory / name), same, "hash")
-    problems += [
-        f"{name}: {'damaged' if isinstance(found, str) else found}"
+    return problems | {
+        name: "damaged" if isinstance(found, str) else str(found)
         for name, found in zip(same, hashes, strict=True)
         if found != content["sha256"].get(name)
-    ]
-    return problems
+    }
 
 
 def _hash_or_error(path: Path) -> str | Exception:
@@ -229,25 +238,12 @@ def check_replaceable(directory: Path, kind: Kind) -> None:
             if not _files(directory):
                 return
             raise UsageError(f"{directory}: not known to be stas's own {kind} ({error}); {remedy}") from error
-        foreign = _foreign(directory, content)
+        foreign = sorted(name for name, problem in _problems(directory, content).items() if problem != MISSING)
         if not foreign:
             return
         if read_json(paths.manifest_file(directory)) == content:  # otherwise another process has just replaced it
             break
     raise UsageError(f"{directory}: files were added or changed since it was made ({named(foreign)}); {remedy}")
-
-
-def _foreign(directory: Path, content: dict[str, Any]) -> list[str]:
-    """The names of the files below a directory that its manifest lacks, or records with another size or content.
-
-    All are read, because a mask that somebody corrected may have the same size.
-    """
-    sizes = _sizes(directory)
-    foreign = {name for name, size in sizes.items() if size is None or content["files"].get(name) != size}
-    own = [name for name in sizes if name not in foreign]
-    hashes = in_threads(lambda name: _hash_or_error(directory / name), own, "hash")
-    foreign |= {name for name, found in zip(own, hashes, strict=True) if found != content["sha256"].get(name)}
-    return sorted(foreign)
 
 
 def remove_abandoned(parent: Path, seconds: float) -> None:
@@ -263,13 +259,6 @@ def remove_abandoned(parent: Path, seconds: float) -> None:
         if time.time() - newest > seconds:
             log.info("%s: removed; a process was killed while building it", partial)
             _remove(partial)
-
-
-def named(cases: Iterable[str]) -> str:
-    """The names of the first cases, and how many more there are."""
-    listed = list(cases)
-    more = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
-    return ", ".join(listed[:SHOWN]) + more
 
 
 def _publish(partial: Path, output: Output) -> None:

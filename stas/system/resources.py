@@ -14,8 +14,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from stas.errors import KEPT
+
 GIB = 2**30
-_KEPT = "Everything finished so far is kept; run the same command again to resume"
 # How torch, LMDB and the dynamic linker say it.
 _NO_MEMORY = re.compile("(can't|cannot) allocate memory|not enough memory|std::bad_alloc|failed to map segment", re.I)
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
@@ -63,12 +64,12 @@ def memory_trouble(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or _NO_MEMORY.search(text):
         return (
             f"memory ran out ({text or type(error).__name__}): raise the limit on memory (ulimit -v, or the job's), "
-            f"use fewer --workers, or lower train.batch. {_KEPT}"
+            f"use fewer --workers, or lower train.batch. {KEPT}"
         )
     if isinstance(error, RuntimeError) and "start new thread" in text:
         return (
             f"no thread could be started ({text}): raise the limits on processes (ulimit -u) and memory (ulimit -v), "
-            f"or use fewer --workers. {_KEPT}"
+            f"or use fewer --workers. {KEPT}"
         )
     return None
 

@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stas.errors import InputDataError, UsageError
-from stas.system.files import atomic_write
-from stas.system.untrusted import MAX_JSON_BYTES, MAX_JSON_VALUES, count_values, parse_json, read_bounded
+from stas.errors import UsageError
+from stas.system.files import atomic_write, parse_json_file
+from stas.system.untrusted import MAX_JSON_BYTES, MAX_JSON_VALUES, count_values, read_bounded
 
 _BEFORE, _AFTER = b',\n "checksum": "', b'"\n}\n'
 _LENGTH = len(_BEFORE) + hashlib.sha256().digest_size * 2 + len(_AFTER)
@@ -43,11 +43,7 @@ def read_sealed(path: Path) -> tuple[Any, bool]:
     """
     text = read_bounded(path, MAX_JSON_BYTES)
     body, end = text[:-_LENGTH], text[-_LENGTH:]
-    intact = end == seal(body)
-    try:
-        return parse_json(text), intact
-    except ValueError as error:
-        raise InputDataError(f"{path}: not readable as JSON ({error}): restore it, or create it again") from error
+    return parse_json_file(path, text), end == seal(body)
 
 
 def check_room(path: Path, value: Any, share: int) -> None:

@@ -106,6 +106,19 @@ def stop_if_passing(path: Path | str, error: BaseException) -> None:
     ) from error
 
 
+def resolved(path: Path) -> Path:
+    """The path with its links followed; only made absolute if they form a loop.
+
+    Raises:
+        StoppedEarly: this machine could not follow them for now (see `stop_if_passing`).
+    """
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:
+        stop_if_passing(path, error)
+        return path.absolute()
+
+
 def count_values(content: bytes) -> int:
     """About how many values JSON has: its brackets, commas and colons. Those in strings count too; base64 has none."""
     return sum(content.count(mark) for mark in b"[{,:")

@@ -12,11 +12,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 from stas.errors import InputDataError
 from stas.system.files import atomic_write, named_errors
+from stas.system.printing import named
 from stas.system.untrusted import parse_json
 
 log = logging.getLogger(__name__)
 Record = dict[str, Any]
-NAMED = 10  # damaged lines named in a message
 
 
 class MetricsLog:
@@ -97,9 +97,8 @@ def _read_lines(path: Path) -> list[tuple[bytes, Record | None]]:
         lines.pop()
     damaged = [f"line {number}" for number, (_, record) in enumerate(lines, start=1) if record is None]
     if damaged:
-        more = f" and {len(damaged) - NAMED} more" if len(damaged) > NAMED else ""
         what = "is not a record" if len(damaged) == 1 else "are not records"
-        log.warning("%s: %s%s %s of an epoch, and left out", path, ", ".join(damaged[:NAMED]), more, what)
+        log.warning("%s: %s %s of an epoch, and left out", path, named(damaged), what)
     return lines
 
 

@@ -10,6 +10,7 @@ from stas.models.checkpoint import Checkpoint, load_checkpoint
 from stas.paths import RunPaths
 from stas.system import distributed
 from stas.system.distributed import Ranks
+from stas.system.printing import named
 from stas.system.untrusted import shown
 
 NAMED = 5  # images named in a message
@@ -130,7 +131,7 @@ def check_same_split(paths: RunPaths, saved: dict[str, Any] | None, store: Store
         )
     before = now if saved is None else saved["validation"]
     moved = [
-        f"{verb} {_named(stems)}, which the split now {does}"
+        f"{verb} {named(stems, NAMED)}, which the split now {does}"
         for verb, stems, does in (
             ("trained on", sorted(set(now) - set(before)), "holds out"),
             ("held out", sorted(set(before) - set(now)), "trains on"),
@@ -142,7 +143,3 @@ def check_same_split(paths: RunPaths, saved: dict[str, Any] | None, store: Store
             f"{paths.root} {', and '.join(moved)}: scores on images seen in training would be too good. Restore the "
             f"split (the run's own list is in {paths.split}), or start a new run with --run"
         )
-
-
-def _named(stems: Sequence[str]) -> str:
-    return ", ".join(stems[:NAMED]) + (f" and {len(stems) - NAMED} more" if len(stems) > NAMED else "")

@@ -117,3 +117,10 @@ def test_a_closed_stream_never_becomes_a_file(closed: str, tmp_path: Path):
     )
     subprocess.run(["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, code], check=True, timeout=60)
     assert (tmp_path / "data").read_text() == ""
+
+
+def test_only_ten_cases_are_named():
+    assert printing.named("abc") == "a, b, c"
+    assert printing.named("abcdefghijkl") == "a, b, c, d, e, f, g, h, i, j and 2 more"
+    assert printing.itemised(list("abc")) == "\n  a\n  b\n  c"
+    assert printing.itemised(list("abcdefghijkl")).endswith("\n  j\n  and 2 more")

@@ -16,7 +16,6 @@ from stas.system.publish import (
     check_replaceable,
     damage,
     is_finished,
-    named,
     read_manifest,
     write_manifest,
 )
@@ -233,11 +232,6 @@ def test_a_manifest_that_could_not_be_read_again_is_not_written(tmp_path: Path, 
     ):
         pytest.fail("the block must not run")
     assert not list(tmp_path.iterdir())
-
-
-def test_only_ten_cases_are_named():
-    assert named("abc") == "a, b, c"
-    assert named("abcdefghijkl") == "a, b, c, d, e, f, g, h, i, j and 2 more"
 
 
 def test_links_added_by_a_user_keep_a_directory_from_being_replaced(tmp_path: Path):

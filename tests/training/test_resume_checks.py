@@ -64,7 +64,7 @@ def test_held_out_images_are_those_of_the_checkpoint(store_workspace: Workspace,
 
 def test_ranks_that_read_different_splits_are_refused(store_workspace: Workspace, tiny: Recipe, monkeypatch):
     def gather(value: object) -> list[object]:
-        return [value, ("other", [])] if isinstance(value, tuple) else [value]
+        return [value, ["other", []]] if isinstance(value, list) else [value]
 
     monkeypatch.setattr("stas.system.distributed.gather_objects", gather)
     with pytest.raises(StoppedEarly, match="not every rank read the same store and split"):
