@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from stas.errors import InputDataError
-from stas.system.untrusted import check_file
+from stas.system.untrusted import check_file, refusal
 
 CHECKSUM_BYTES = hashlib.sha256().digest_size
 MAX_BYTES = 32 << 30  # a few minutes of hashing; the recipes' largest networks take 2 GiB with their optimiser
@@ -27,4 +27,4 @@ def written_checksum(path: Path) -> str:
             file.seek(-CHECKSUM_BYTES, os.SEEK_END)
             return file.read().hex()
     except OSError as error:
-        raise InputDataError(f"{path}: not readable ({error}): check its permissions and its disk") from error
+        raise refusal(path, error) from error

@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from stas.errors import InputDataError
 from stas.system.files import atomic_write, named_errors
-from stas.system.untrusted import parse_json
+from stas.system.untrusted import parse_json, stop_if_passing
 
 log = logging.getLogger(__name__)
 Record = dict[str, Any]
@@ -91,6 +91,7 @@ def _read_lines(path: Path) -> list[tuple[bytes, Record | None]]:
     try:
         content = path.read_bytes()
     except OSError as error:
+        stop_if_passing(path, error)
         raise InputDataError(f"{path}: no readable metrics ({error}): give the directory of a trained run") from error
     lines = [(line, _parsed(line)) for line in content.split(b"\n")]
     if not lines[-1][1]:
