@@ -228,7 +228,7 @@ def _add_infer(stages: "argparse._SubParsersAction[_Parser]") -> None:
         help="average over the square's 8 symmetries (default: the recipe's)",
     )
     command.add_argument(
-        "--threshold", type=finite, help="probability above which a pixel is foreground (default: the recipe's)"
+        "--threshold", type=float, help="probability above which a pixel is foreground (default: the recipe's)"
     )
     command.add_argument("--probabilities", action="store_true", help="also write 16-bit probabilities")
     _add_held_out(command)
@@ -253,7 +253,7 @@ def _add_vote(stages: "argparse._SubParsersAction[_Parser]") -> None:
     )
     command.add_argument("--soft", action="store_true", help="average the probabilities instead of voting on masks")
     command.add_argument(
-        "--threshold", type=finite, help="a member's values above this are foreground, in its own units"
+        "--threshold", type=float, help="a member's values above this are foreground, in its own units"
     )
     command.add_argument("--workers", type=number(1), help="threads (default: one per core)")
 
@@ -280,7 +280,7 @@ def _add_evaluate(stages: "argparse._SubParsersAction[_Parser]") -> None:
     command.add_argument("--label", type=word, help="label of the truth's shapes (default: the predictions' label)")
     command.add_argument(
         "--threshold",
-        type=finite,
+        type=float,
         help="values above this are foreground, of members and of a grey truth, each in its own units",
     )
     command.add_argument("--sheets", type=number(0), default=9, help="number of pictures (default: %(default)s)")

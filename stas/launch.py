@@ -30,7 +30,7 @@ from stas.errors import (
 )
 from stas.paths import STATUS_DIRECTORY
 from stas.system.heartbeat import STALLED_AFTER, hung_ranks_ended
-from stas.system.printing import complain
+from stas.system.printing import close_standard_streams, complain
 from stas.system.resources import cores
 from stas.system.stop import SIGNALS, check_stop, listen, stop_asked
 
@@ -188,8 +188,7 @@ def _torchrun(options: list[str], stage: Sequence[str], count: int) -> int:
     if failure and code not in (EXIT_OK, EXIT_RESUMABLE):
         complain(failure)
     if agent.is_alive():  # nothing can interrupt it
-        sys.stdout.flush()
-        sys.stderr.flush()
+        close_standard_streams()
         os._exit(code)
     return code
 

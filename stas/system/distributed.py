@@ -158,6 +158,7 @@ def gather_objects(value: T) -> list[T]:
     if not dist.is_initialized():
         return [value]
     said = json.dumps(value).encode()
+    assert json.loads(said) == value, "it would come back as something else, such as a tuple as a list"
     lengths = [int(length) for length in gather(len(said))]
     mine = torch.zeros(max(lengths), dtype=torch.uint8)
     mine[: len(said)] = torch.frombuffer(bytearray(said), dtype=torch.uint8)

@@ -117,7 +117,8 @@ def check_same_split(paths: RunPaths, saved: dict[str, Any] | None, store: Store
         UsageError: images moved from one side to the other; the first are named.
     """
     now = [store.samples[index]["stem"] for index in validation]
-    if any(each != (store.key, now) for each in distributed.gather_objects((store.key, now))):
+    mine = [store.key, now]
+    if any(each != mine for each in distributed.gather_objects(mine)):
         raise StoppedEarly(
             f"{paths.root}: not every rank read the same store and split, because one of them was changed meanwhile; "
             "run the same command again"

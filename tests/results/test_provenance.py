@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import json
 import shutil
 from pathlib import Path
 
@@ -16,12 +15,13 @@ from stas.data.images import write_mask
 from stas.errors import InputDataError, StoppedEarly, UsageError
 from stas.evaluate import evaluate
 from stas.models.checksum import written_checksum
-from stas.paths import Workspace
+from stas.paths import Workspace, manifest_file
 from stas.results import provenance
 from stas.results.predictions import list_members, write_set_manifest
 from stas.system.files import read_json
 from stas.system.publish import Output, building
 from stas.vote import vote
+from tests.support.manifests import change_manifest
 
 RUNS = ("one", "two", "three")
 
@@ -125,11 +125,8 @@ def test_masks_without_a_manifest_are_no_member_of_an_ensemble_but_vote_by_name(
 
 
 def test_a_set_that_does_not_record_its_checkpoint_is_made_again(workspace, ensemble, capsys):
-    path = workspace.predictions("two") / "manifest.json"
-    manifest = read_json(path)
-    del manifest["key"]["which"]
-    path.write_text(json.dumps(manifest))
-    assert "two: made by an earlier version of stas" in refused(ensemble, capsys)
+    change_manifest(workspace.predictions("two"), lambda content: content["key"].pop("which"))
+    assert "is not a set of masks of run two" in refused(ensemble, capsys)
 
 
 def test_a_checkpoint_that_is_cut_off_is_another(workspace, ensemble, capsys):
@@ -291,14 +288,14 @@ def test_an_older_vote_is_not_scored_beside_newer_members(workspace, ensemble, c
         {"key": {"images": ["a"]}},
         {"key": {"images": {"a": 1}}},
         {"key": {"members": [1]}},
-        {"sha256": "0"},
+        {"sha256": {"a.png": 0}},
     ],
 )
 def test_a_manifest_that_is_not_one_is_refused(workspace, ensemble, capsys, change):
-    path = workspace.predictions("two") / "manifest.json"
-    path.write_text(json.dumps(read_json(path) | change))
+    directory = workspace.predictions("two")
+    change_manifest(directory, lambda content: content.update(change))
     assert "not the manifest of a prediction set" in refused(ensemble, capsys)
-    path.write_text("{")
+    manifest_file(directory).write_text("{")
     assert "not readable as JSON" in refused(ensemble, capsys)
 
 

@@ -165,7 +165,8 @@ if not os.fork():
         os.write(held[1], b"x")
         os.read(done[0], 1)
     os._exit(0)
-os.read(held[0], 1)
+os.close(held[1])
+assert os.read(held[0], 1), "the other user got no lock"
 become(65002)
 assert not os.path.exists("/proc/1"), "hidepid hides nothing"
 try:
@@ -182,7 +183,7 @@ def test_another_user_whom_proc_hides_is_alive(path):
     """The same with the kernel's own hidepid=2, in a mount namespace."""
     path.parent.chmod(0o777)
     for parent in path.parent.parents:
-        if parent.stat().st_uid == os.getuid() and parent.name.startswith("pytest-"):
+        if parent.stat().st_uid == os.getuid() and "pytest-of-" in str(parent):
             parent.chmod(0o755)  # pytest closes them to other users
     inside = 'mount -t proc -o hidepid=2 proc /proc && exec "$0" -c "$1" "$2"'
     line = ["unshare", "-m", "--propagation", "private", "sh", "-c", inside, sys.executable, OTHER_USER, path]

@@ -109,7 +109,9 @@ def test_a_run_goes_on_with_the_store_it_began_with(
 def test_a_checkpoint_that_names_no_store_is_refused(store_workspace: Workspace, tiny: Recipe, key: object):
     paths = store_workspace.run("no-store")
     run, _ = set_up(tiny, store_workspace, paths, ALONE)
-    save_last(paths, take_snapshot(run.network, run.metadata(HALFWAY) | {"store": key}, run.optimizer))
+    snapshot = take_snapshot(run.network, run.metadata(HALFWAY) | {"store": key}, run.optimizer)
+    save_checkpoint(paths.checkpoint("best"), snapshot)
+    save_last(paths, snapshot)
     with pytest.raises((InputDataError, UsageError), match=r"names no store|no longer there"):
         set_up(tiny, store_workspace, paths, ALONE)
 
