@@ -41,7 +41,8 @@ class MetricsLog:
         self._path = path
         # Unbuffered, because a failed write in a buffer would fail again at close.
         self._file = path.open("ab", buffering=0)
-        self._events = SummaryWriter(str(tensorboard_dir), purge_step=keep_epochs + 1)
+        with named_errors(tensorboard_dir):
+            self._events = SummaryWriter(str(tensorboard_dir), purge_step=keep_epochs + 1)
         newest = _as_record(newest)
         if newest and newest["epoch"] == keep_epochs and keep_epochs not in (each["epoch"] for each in self.records):
             self.append(newest)
