@@ -148,6 +148,7 @@ def _open(
             if isinstance(error, OSError):
                 stop_if_passing(name, error)
             if attempt == 2:
+                stop_if_passing(name, error)
                 raise InputDataError(f"{name}: not readable as an image ({error}): export it again") from error
         pixels = image.width * image.height if image else 0
         del image

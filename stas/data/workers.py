@@ -73,10 +73,10 @@ def records(
             if len(waiting) == count:
                 yield first()
             place = index % count
-            waiting.append((place, pool.submit(_make, make, item, place)))
+            waiting.append((place, _submit(pool, make, item, place)))
         while waiting:
             yield first()
-    except BrokenProcessPool as error:
+    except (BrokenProcessPool, _NotStartedError) as error:
         check_stop()  # a signal to the whole group may have ended a worker first
         raise StoppedEarly(
             "a worker process was killed, probably because memory ran out: use fewer workers (--workers), or give this "
@@ -84,6 +84,19 @@ def records(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+class _NotStartedError(Exception):
+    """The fork server died, so no worker can be started."""
+
+
+def _submit(
+    pool: ProcessPoolExecutor, make: Callable[[Item], Record | Skipped], item: Item, place: int
+) -> Future[tuple[Sample, bytes] | Skipped]:
+    try:
+        return pool.submit(_make, make, item, place)
+    except (EOFError, ConnectionError) as error:  # all that is seen of a server that ended, mostly for want of memory
+        raise _NotStartedError from error
 
 
 def _check_space(needed: int, workers: int) -> None:

@@ -11,10 +11,12 @@ import logging
 import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Iterable, Sequence
 from typing import TextIO
 
+log = logging.getLogger(__name__)
 MAX_CHARACTERS = 20_000  # of one log record or error: a name in it may be megabytes long
 SHOWN = 10  # cases named in a message; more would bury the rest of it
 _ENDING = 2000  # characters kept from the end of a longer one, which is where the remedy is
@@ -97,6 +99,8 @@ def start_logging() -> None:
     handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("stas").setLevel(logging.INFO)
+    threading.excepthook = _thread_ended
+    sys.unraisablehook = _ignored
 
 
 def open_standard_streams() -> None:
@@ -120,6 +124,20 @@ def close_standard_streams() -> None:
     """Write what is still buffered, while an error can be handled: at exit, Python would change the exit code."""
     for stream in (sys.stdout, sys.stderr):
         _write(stream, "")
+
+
+def _thread_ended(failed: "threading.ExceptHookArgs") -> None:
+    """Say in a line that a thread met a trouble of the machine, which the stage reports when it needs the thread."""
+    if isinstance(failed.exc_value, (OSError, MemoryError)):
+        log.warning("a thread ended: %s", failed.exc_value or "memory ran out")
+    else:
+        threading.__excepthook__(failed)
+
+
+def _ignored(failed: "sys.UnraisableHookArgs") -> None:
+    """Say nothing of a want of memory while an object is cleared up: whoever needs the memory says so."""
+    if not isinstance(failed.exc_value, MemoryError):
+        sys.__unraisablehook__(failed)
 
 
 class _Formatter(logging.Formatter):

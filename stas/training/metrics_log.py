@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from stas.errors import InputDataError
 from stas.system.files import atomic_write, named_errors
 from stas.system.printing import named
-from stas.system.untrusted import parse_json
+from stas.system.untrusted import parse_json, stop_if_passing
 
 log = logging.getLogger(__name__)
 Record = dict[str, Any]
@@ -41,7 +41,8 @@ class MetricsLog:
         self._path = path
         # Unbuffered, because a failed write in a buffer would fail again at close.
         self._file = path.open("ab", buffering=0)
-        self._events = SummaryWriter(str(tensorboard_dir), purge_step=keep_epochs + 1)
+        with named_errors(tensorboard_dir):
+            self._events = SummaryWriter(str(tensorboard_dir), purge_step=keep_epochs + 1)
         newest = _as_record(newest)
         if newest and newest["epoch"] == keep_epochs and keep_epochs not in (each["epoch"] for each in self.records):
             self.append(newest)
@@ -91,6 +92,7 @@ def _read_lines(path: Path) -> list[tuple[bytes, Record | None]]:
     try:
         content = path.read_bytes()
     except OSError as error:
+        stop_if_passing(path, error)
         raise InputDataError(f"{path}: no readable metrics ({error}): give the directory of a trained run") from error
     lines = [(line, _parsed(line)) for line in content.split(b"\n")]
     if not lines[-1][1]:

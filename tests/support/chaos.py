@@ -22,13 +22,17 @@ from pathlib import Path
 from typing import Any
 
 from stas import cli
+from stas.system import printing
 from tests.support import faults
 from tests.support.faults import MEMORY, Fault, Injected, Injector
 
-PATIENCE = 60  # seconds that a stage may take with a fault; without one it takes less than two
+PATIENCE = 25  # seconds that a stage may take with a fault; without one it takes less than two
 CRASHED = 99
 HUNG = 98
 SHOWN = 10  # failures in a message
+# Python's own: a thread that gets no memory before it says that it runs is waited for without end. With several ranks,
+# the launcher ends it. Nor can anything be done about the traceback of a fork server that gets no memory to import.
+STARTING = re.compile(r'File ".*/threading\.py", line \d+ in start\b')
 DEATHS = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)  # libraries in C and Rust that get no memory
 
 
@@ -136,7 +140,7 @@ class Walk:
             assert self._end() == self.end, "the result differs"
             assert not hidden(self.root), f"left behind: {hidden(self.root)}"
         except Exception as error:
-            said = outcome.said[-1500:]
+            said = outcome.said if len(outcome.said) < 3000 else f"{outcome.said[:1500]} ... {outcome.said[-1500:]}"
             raise AssertionError(
                 f"{step}, {fault} at {injected.where}: {type(error).__name__}: {error}\nexit {outcome.code}: {said}"
             ) from error
@@ -151,11 +155,15 @@ class Walk:
             self.outcomes["killed"] += 1
             return
         assert fault.error or fault.limit or self.scenario.processes, "not killed"
-        if (fault.kinds == MEMORY or fault.limit) and -code in DEATHS:  # as good as killed
+        memory = fault.kinds == MEMORY or bool(fault.limit)
+        if memory and -code in DEATHS:  # as good as killed
             self.outcomes[f"died of {signal.Signals(-code).name}"] += 1
             return
+        if memory and code == HUNG and STARTING.search(outcome.said):
+            self.outcomes["hung in Thread.start"] += 1
+            return
         self.outcomes[f"exit {code}"] += 1
-        assert "Traceback" not in outcome.said, "a traceback"
+        assert "Traceback" not in outcome.said or (memory and self.scenario.processes), "a traceback"
         assert code in (0, 1, 75), f"exit {code}"
         if code:
             assert re.search(words or "^stas: ", outcome.said, re.M), f"does not say {words!r}"
@@ -224,6 +232,7 @@ def _child(
         os.dup2(errors, 2)
         os.dup2(errors, 1)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        printing.start_logging()  # it also says what becomes of errors in threads, which pytest would swallow
         faulthandler.dump_traceback_later(PATIENCE - 5, file=sys.stderr)
         if injector:
             injector.arm()
