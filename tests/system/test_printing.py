@@ -117,3 +117,20 @@ def test_a_closed_stream_never_becomes_a_file(closed: str, tmp_path: Path):
     )
     subprocess.run(["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, code], check=True, timeout=60)
     assert (tmp_path / "data").read_text() == ""
+
+
+def test_a_thread_that_meets_a_full_disk_says_so_in_a_line():
+    script = (
+        "import threading\n"
+        "from stas.system.printing import start_logging\n"
+        "start_logging()\n"
+        "def fail(error):\n"
+        "    raise error\n"
+        "for error in (OSError(28, 'No space left on device'), MemoryError()):\n"
+        "    thread = threading.Thread(target=fail, args=(error,))\n"
+        "    thread.start()\n"
+        "    thread.join()\n"
+    )
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stderr
+    assert "Traceback" not in said
+    assert "a thread ended: [Errno 28] No space left on device" in said and "a thread ended: memory ran out" in said
