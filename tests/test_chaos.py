@@ -42,7 +42,7 @@ from tests.support.chaos import Scenario, Walk
 from tests.support.faults import CHANGE, MEMORY, READ, SYNC, Fault, Injector, library, why_no_faults
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_no_faults()), reason=why_no_faults())]
-FEW, ALL = 5, 10_000  # faults per scenario
+FEW, SOME, MANY, ALL = 5, 12, 60, 10_000  # faults per scenario, evenly spread over its calls
 
 
 def snapshot(epoch: int):
@@ -298,8 +298,8 @@ def test_a_few_reads_that_fail(walk: Walk, lasting: bool):
 
 @pytest.mark.chaos
 @LASTING
-def test_every_read_that_fails(walk: Walk, lasting: bool):
-    walk.survives_all(faults(walk, READ, UNREADABLE, lasting))
+def test_many_reads_that_fail(walk: Walk, lasting: bool):
+    walk.survives_all(faults(walk, READ, UNREADABLE, lasting, most=MANY))
 
 
 @LASTING
@@ -311,7 +311,7 @@ def test_a_few_allocations_that_fail(walk: Walk, lasting: bool):
 @LASTING
 @pytest.mark.parametrize("least", [0, 4096])
 def test_many_allocations_that_fail(walk: Walk, lasting: bool, least: int):
-    walk.survives_all(faults(walk, MEMORY, ["ENOMEM"], lasting, most=40, least=least))
+    walk.survives_all(faults(walk, MEMORY, ["ENOMEM"], lasting, most=SOME, least=least))
 
 
 @pytest.mark.chaos

@@ -129,7 +129,7 @@ def close_standard_streams() -> None:
 def _thread_ended(failed: "threading.ExceptHookArgs") -> None:
     """Say in a line that a thread met a trouble of the machine, which the stage reports when it needs the thread."""
     if isinstance(failed.exc_value, (OSError, MemoryError)):
-        log.warning("a thread ended: %s", failed.exc_value or "memory ran out")
+        log.warning("a thread ended: %s", str(failed.exc_value) or "memory ran out")
     else:
         threading.__excepthook__(failed)
 

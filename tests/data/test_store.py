@@ -1,4 +1,5 @@
 import ctypes
+import errno
 import faulthandler
 import mmap
 import multiprocessing
@@ -18,12 +19,13 @@ from monai.transforms.intensity.array import ScaleIntensity
 from monai.transforms.spatial.array import Resize
 
 from stas.config import Data
+from stas.data import store_file
 from stas.data.resize import area_resize
 from stas.data.store import Store, open_store, point_to, pointer, record_key, record_sum
 from stas.data.store_file import environment
 from stas.data.store_writer import build_store, make_record
 from stas.data.tiles import Box
-from stas.errors import InputDataError, UsageError
+from stas.errors import InputDataError, StoppedEarly, UsageError
 from stas.paths import Workspace, manifest_file, store_data
 from tests.support.manifests import change_manifest
 from tests.support.stores import SIZE, SPEC, build, build_scaled, of_size, picture, scaled, source
@@ -455,3 +457,28 @@ def test_a_pointer_to_a_store_of_something_else_is_refused(tmp_path):
     pointer(workspace, SPEC).rename(pointer(workspace, scaled(0.5)))
     with pytest.raises(InputDataError, match="names a store with label STAS at 40 x 32 pixels: delete it and run"):
         open_store(workspace, Data.model_validate({"scale": 0.5}))
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError()])
+def test_data_that_the_machine_could_not_read_are_not_called_damaged(tmp_path, monkeypatch, error):
+    (tmp_path / "data.mdb").write_bytes(bytes(8192))
+
+    def failing(*_, **__):
+        raise error
+
+    monkeypatch.setenv("STAS_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(store_file, "verify", failing)
+    with pytest.raises(StoppedEarly, match="mdb: this machine could not read it"):
+        environment(tmp_path / "data.mdb")
+
+
+def test_an_error_of_the_system_that_lmdb_quotes_does_not_make_data_damaged(tmp_path, monkeypatch):
+    (tmp_path / "data.mdb").write_bytes(bytes(8192))
+
+    def failing(path: str, **_):
+        raise lmdb.Error(f"{path}: {os.strerror(errno.ESTALE)}")
+
+    monkeypatch.setattr(store_file, "_check_pages", lambda _: None)
+    monkeypatch.setattr(store_file.lmdb, "open", failing)
+    with pytest.raises(StoppedEarly, match="mount the volume again"):
+        environment(tmp_path / "data.mdb")

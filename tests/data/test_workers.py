@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 
 import numpy as np
@@ -134,3 +135,13 @@ def test_workers_end_with_their_parent(name):
         for worker in workers:
             with suppress(ProcessLookupError):
                 os.kill(worker, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("error", [EOFError("unexpected EOF"), BrokenPipeError()])
+def test_a_fork_server_that_ended_is_explained(monkeypatch, error):
+    def failing(*_):
+        raise error
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", failing)
+    with pytest.raises(StoppedEarly, match="probably because memory ran out: use fewer workers"):
+        next(records(make, range(4), SIZE, 2))

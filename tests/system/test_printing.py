@@ -124,3 +124,20 @@ def test_only_ten_cases_are_named():
     assert printing.named("abcdefghijkl") == "a, b, c, d, e, f, g, h, i, j and 2 more"
     assert printing.itemised(list("abc")) == "\n  a\n  b\n  c"
     assert printing.itemised(list("abcdefghijkl")).endswith("\n  j\n  and 2 more")
+
+
+def test_a_thread_that_meets_a_full_disk_says_so_in_a_line():
+    script = (
+        "import threading\n"
+        "from stas.system.printing import start_logging\n"
+        "start_logging()\n"
+        "def fail(error):\n"
+        "    raise error\n"
+        "for error in (OSError(28, 'No space left on device'), MemoryError()):\n"
+        "    thread = threading.Thread(target=fail, args=(error,))\n"
+        "    thread.start()\n"
+        "    thread.join()\n"
+    )
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stderr
+    assert "Traceback" not in said
+    assert "a thread ended: [Errno 28] No space left on device" in said and "a thread ended: memory ran out" in said

@@ -1,5 +1,6 @@
 """Metrics on disk and in TensorBoard, and the log line per epoch."""
 
+import errno
 import json
 import math
 import re
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from stas.errors import InputDataError
+from stas.errors import InputDataError, StoppedEarly
+from stas.training import metrics_log
 from stas.training.metrics_log import MetricsLog, clock, epoch_line, read_metrics, time_left
 
 
@@ -83,6 +85,25 @@ RECORD = {
     "seconds": 24.31,
     "best": True,
 }
+
+
+def test_tensorboard_names_its_directory_when_its_first_write_is_refused(tmp_path: Path, monkeypatch):
+    def failing(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(metrics_log, "SummaryWriter", failing)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "events")
+    assert caught.value.filename == str(tmp_path / "events")
+
+
+def test_metrics_that_a_disk_does_not_give_for_now_are_not_called_unreadable(tmp_path: Path, monkeypatch):
+    def failing(_: Path) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    with pytest.raises(StoppedEarly, match="this machine could not read it"):
+        read_metrics(tmp_path / "metrics.jsonl")
 
 
 def test_epoch_line():
