@@ -1,7 +1,5 @@
 """Scores of predictions against a truth: a table, CSV, JSON, and pictures of the worst, middle and best cases."""
 
-import csv
-import io
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -19,26 +17,20 @@ from stas.data.images import MAX_IMAGE_BYTES, read_image
 from stas.data.listing import list_images
 from stas.errors import InputDataError, UsageError
 from stas.results.foreground import Seen, check_threshold, foreground, log_seen
-from stas.results.metrics import bootstrap_interval, confusion, dice, iou, mean_dice, pooled_dice, precision, recall
+from stas.results.metrics import confusion, dice
 from stas.results.predictions import Member, Members, changed, digest, list_members, read_once
 from stas.results.provenance import check_unchanged, check_vote_of
+from stas.results.scores import csv_of, summarise, table
 from stas.results.sheets import Case, Picked, draw_overview, draw_sheet, pick_cases
 from stas.results.truth import Truth, list_truth, read_truth, unknown_label
 from stas.system.files import atomic_write, read_json, sha256, write_json, write_text
-from stas.system.printing import csv_cell, say
+from stas.system.printing import say
 from stas.system.publish import Output, building, check_replaceable, write_manifest
 from stas.system.threads import in_threads
 
 log = logging.getLogger(__name__)
 
-SEED, RESAMPLES, LEVEL = 0, 2000, 0.95
 SUMMARY = "summary.json"
-COUNTED = ("true_positives", "false_positives", "false_negatives")
-SCORED = {"dice": dice, "iou": iou, "precision": precision, "recall": recall}
-LEGEND = (
-    "mean per-image: every image has the same weight; pooled: every pixel of all images has the same weight.\n"
-    "An image whose truth and prediction are both empty counts as 1. Intervals: 95 % bootstrap over images."
-)
 
 
 @dataclass(frozen=True)
@@ -107,9 +99,9 @@ def evaluate(
             summary = read_json(out / SUMMARY)
         else:
             counts, warnings = _count(scored)
-            summary = _summarise(listed, counts, truths, warnings)
+            summary = summarise(listed, truths.directory, counts, warnings)
             write_json(partial / SUMMARY, summary)
-            write_text(partial / "scores.csv", _csv(listed, counts))
+            write_text(partial / "scores.csv", csv_of(listed, counts))
             complete = _draw(partial, scored, counts, images, sheets)
             # Not finished while a sheet lacks its image: the next run looks for the image again.
             write_manifest(partial, output, finished=complete)
@@ -125,30 +117,6 @@ def evaluate(
     if (out / "sheets.png").is_file():
         say(f"pictures: {out / 'sheets.png'}, {out / 'sheets'}")
     return summary
-
-
-def table(summary: dict[str, Any]) -> str:
-    """The summary's scores as text: a headline, a row per member, and what the numbers mean."""
-    rows: list[tuple[str, ...]] = [
-        ("", "mean per-image", "pooled", "mean", "mean", "mean", "median", "worst"),
-        ("member", "Dice [95 % CI]", "Dice [95 % CI]", "IoU", "precision", "recall", "Dice", "Dice (image)"),
-    ]
-    for name, scores in summary["members"].items():
-        worst = f"{scores['worst_dice']:.3f} ({scores['worst_image']})"
-        plain = [f"{scores[what]:.3f}" for what in ("mean_iou", "mean_precision", "mean_recall", "median_dice")]
-        rows.append((name, _with_interval(scores, "mean_dice"), _with_interval(scores, "pooled_dice"), *plain, worst))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(2, "-" * max(map(len, lines)))
-    counts = {name: scores["both_empty"] for name, scores in summary["members"].items()}
-    empty = ", ".join(f"{name} {count}" for name, count in counts.items()) if any(counts.values()) else "none"
-    header = f"{summary['images']} images, per-image and pooled scores against {summary['truth']}"
-    return "\n".join([header, *lines, LEGEND, f"Images with truth and prediction both empty: {empty}."])
-
-
-def _with_interval(scores: dict[str, Any], what: str) -> str:
-    low, high = scores[f"{what}_interval"]
-    return f"{scores[what]:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _label(given: str | None, listed: Members) -> str:
@@ -213,54 +181,6 @@ def _count(scored: Scored) -> tuple[NDArray[np.int64], list[str]]:
     log_seen(listed.names, seen)
     warning = unknown_label(scored.truth, labels)
     return np.array(counts, np.int64).swapaxes(0, 1), [warning] if warning else []
-
-
-def _summarise(listed: Members, counts: NDArray[np.int64], truths: Truth, warnings: list[str]) -> dict[str, Any]:
-    """Scores over all images, by member; counts are (members, images, 3)."""
-    return {
-        "truth": str(truths.directory),
-        "images": len(listed.stems),
-        "warnings": warnings,
-        "both_empty_counts_as": 1,
-        "interval": {"level": LEVEL, "method": f"percentile bootstrap over images, {RESAMPLES} resamples, seed {SEED}"},
-        "members": {
-            name: _member_scores(listed.stems, member) for name, member in zip(listed.names, counts, strict=True)
-        },
-    }
-
-
-def _member_scores(stems: Sequence[str], counts: NDArray[np.int64]) -> dict[str, Any]:
-    """Scores of one member; counts are (images, 3). mean_*, median_* and worst_* are over images' own scores."""
-    scores = dice(counts)
-    pooled = counts.sum(axis=0)
-    return {
-        "mean_dice": float(mean_dice(counts)),
-        "mean_dice_interval": bootstrap_interval(lambda drawn: drawn.mean(axis=-1), scores, SEED, RESAMPLES, LEVEL),
-        "pooled_dice": float(pooled_dice(counts)),
-        "pooled_dice_interval": bootstrap_interval(pooled_dice, counts, SEED, RESAMPLES, LEVEL),
-        "median_dice": float(np.median(scores)),
-        "worst_dice": float(scores.min()),
-        "worst_image": stems[int(scores.argmin())],
-        "mean_iou": float(iou(counts).mean()),
-        "mean_precision": float(precision(counts).mean()),
-        "mean_recall": float(recall(counts).mean()),
-        "pooled_iou": float(iou(pooled)),
-        "pooled_precision": float(precision(pooled)),
-        "pooled_recall": float(recall(pooled)),
-        "both_empty": int(np.count_nonzero(counts.sum(axis=1) == 0)),
-    }
-
-
-def _csv(listed: Members, counts: NDArray[np.int64]) -> str:
-    """One row per image and member; counts are (members, images, 3)."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "member", "height", "width", *COUNTED, *SCORED])
-    for index, (stem, size) in enumerate(listed.sizes.items()):
-        for name, row in zip(listed.names, counts[:, index], strict=True):
-            scores = [f"{score(row):.6f}" for score in SCORED.values()]
-            writer.writerow([csv_cell(stem), csv_cell(name), *size, *map(int, row), *scores])
-    return text.getvalue()
 
 
 def _draw(out: Path, scored: Scored, counts: NDArray[np.int64], images: Path | None, total: int) -> bool:
