@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stas import paths
-from stas.errors import InputDataError, UsageError
+from stas.errors import InputDataError, StoppedEarly, UsageError
 from stas.system.files import exchange, read_json, remove_leftovers, sha256, sync_files, sync_path
 from stas.system.locks import lock
 from stas.system.printing import named
@@ -202,11 +202,11 @@ def _problems(directory: Path, content: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _hash_or_error(path: Path) -> str | Exception:
+def _hash_or_error(path: Path) -> str | BaseException:
     """A file's SHA-256, or why the disk did not give it."""
     try:
         return sha256(path)
-    except (InputDataError, OSError) as error:
+    except (InputDataError, StoppedEarly, OSError) as error:
         return error
 
 
