@@ -8,7 +8,6 @@ plain bytes. This protects against malicious stores: the manifest's hashes find 
 manifest.
 """
 
-import errno
 import fcntl
 import hashlib
 import logging
@@ -27,7 +26,7 @@ from stas.errors import InputDataError, UsageError
 from stas.paths import cache_directory
 from stas.system import heartbeat
 from stas.system.files import atomic_write, remove_leftovers
-from stas.system.untrusted import stop_if_passing
+from stas.system.untrusted import stop_if_passing, system_error
 
 log = logging.getLogger(__name__)
 
@@ -149,14 +148,8 @@ def _open(file: Path) -> lmdb.Environment:
         # yet in memory is read page by page, 16 times as slowly.
         return lmdb.open(str(file), subdir=False, readonly=True, lock=False, readahead=True)
     except (lmdb.Error, OSError) as error:
-        stop_if_passing(file, _system_error(error))
+        stop_if_passing(file, system_error(error))
         raise InputDataError(f"{file}: not readable as a store's data ({error}): {MAKE_AGAIN}") from error
-
-
-def _system_error(error: Exception) -> Exception:
-    """The system's error that LMDB, which has no numbers for them, names in its message; else the error itself."""
-    passing = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-    return next((OSError(each, str(error)) for each in passing if os.strerror(each) in str(error)), error)
 
 
 def _check_pages(file: Path) -> None:

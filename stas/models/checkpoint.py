@@ -5,6 +5,7 @@ stored, because every random draw is a function of seed, epoch, step and index. 
 The last tensor, `checksum`, is the SHA-256 of every byte before it.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -28,7 +29,7 @@ from stas.system import files
 from stas.system.files import atomic_write
 from stas.system.locks import Lock
 from stas.system.resources import memory_trouble
-from stas.system.untrusted import check_file, parse_json, stop_if_passing
+from stas.system.untrusted import check_file, parse_json, stop_if_passing, system_error
 
 log = logging.getLogger(__name__)
 FORMAT = 4
@@ -214,8 +215,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except InputDataError:
         raise
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, OSError) as error:
-        # torch's RuntimeError for want of memory says nothing about the file.
-        stop_if_passing(path, MemoryError() if memory_trouble(error) else error)
+        if isinstance(error, FileNotFoundError) and path.exists():  # safetensors says so whenever it cannot open it
+            error = OSError(errno.EIO, str(error))
+        stop_if_passing(path, MemoryError() if memory_trouble(error) else system_error(error))
         raise InputDataError(
             f"{path}: not a readable checkpoint of stas ({error}): use another, or train again"
         ) from error

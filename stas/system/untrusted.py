@@ -124,6 +124,12 @@ def count_values(content: bytes) -> int:
     return sum(content.count(mark) for mark in b"[{,:")
 
 
+def system_error(error: Exception) -> Exception:
+    """The system's error that a library, which has no numbers for them, names in its message; else the error itself."""
+    passing = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+    return next((OSError(each, str(error)) for each in passing if os.strerror(each) in str(error)), error)
+
+
 def parse_json(content: bytes) -> Any:
     """Parse JSON, using at most 8 times its size plus 1 GiB of memory.
 

@@ -2,6 +2,7 @@ import json
 import math
 import os
 import tracemalloc
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -207,3 +208,19 @@ def test_foreign_files_are_refused(tmp_path):
     save_file({"x": torch.zeros(1)}, foreign, {"stas": json.dumps({"format": 99})})
     with pytest.raises(InputDataError, match="format 99"):
         load_checkpoint(foreign)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError("No such file or directory: last.safetensors"),  # safetensors' words for every failure
+        RuntimeError("unable to read: Input/output error (5)"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    ],
+)
+def test_a_passing_fault_does_not_condemn_a_checkpoint(tmp_path, monkeypatch, error):
+    path = tmp_path / "last.safetensors"
+    path.write_bytes(b"0" * 100)
+    monkeypatch.setattr(checkpoint, "safe_open", Mock(side_effect=error))
+    with pytest.raises(StoppedEarly, match="nothing is known about the file"):
+        load_checkpoint(path)
