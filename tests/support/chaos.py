@@ -233,7 +233,7 @@ def _child(
         os.dup2(errors, 1)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
         printing.start_logging()  # it also says what becomes of errors in threads, which pytest would swallow
-        faulthandler.disable()  # pytest's would write to its own stderr; `survives` judges a crash
+        faulthandler.disable()  # pytest's would write to its own stderr; `Walk.survives` judges a crash
         faulthandler.dump_traceback_later(PATIENCE - 5, file=sys.stderr)
         if injector:
             injector.arm()
