@@ -10,7 +10,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from ctypes import Array
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +27,7 @@ from stas.system.resources import keep_freed_memory
 from stas.system.stop import check_stop
 
 Item = TypeVar("Item")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # left to the parent
 
 
 def records(
@@ -51,6 +54,8 @@ def records(
     # Not fork: the caller may have threads. The server imports the module once for all workers.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([make.__module__])
+    with _held_back():
+        forkserver.ensure_running()
     count = min(2 * workers, len(items))
     each = largest[0] * largest[1] * 4  # bytes of an image and its mask
     needed = count * each
@@ -99,6 +104,19 @@ def _submit(
         raise _NotStartedError from error
 
 
+@contextmanager
+def _held_back() -> Iterator[None]:
+    """Hold back signals. A process started in the block never gets them, nor do its children.
+
+    The fork server handles none: a SIGTERM to the whole job would end it before it has started the workers.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _check_space(needed: int, workers: int) -> None:
     """Refuse if space is short: multiprocessing keeps shared memory in a file there, and a full disk would kill us."""
     free = [shutil.disk_usage(path).free for path in ("/dev/shm", tempfile.gettempdir()) if Path(path).is_dir()]
@@ -125,7 +143,7 @@ _own: list[NDArray[np.uint8]] = []  # in a worker process: the places it may wri
 
 def _prepare(shared: "Array[Any]", each: int) -> None:
     # A terminal, Slurm and docker signal every process; the parent stops the workers, and `_end_with_parent` them too.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     keep_freed_memory()

@@ -200,6 +200,10 @@ def _create(path: Path, mine: Holder) -> float:
     now = -math.inf
     try:
         _write(candidate, mine)
+    except OSError:  # a directory that is gone, or takes no files, would be tried for ever
+        candidate.unlink(missing_ok=True)
+        raise
+    try:
         now = candidate.stat().st_mtime
         os.link(candidate, path)
     except (FileExistsError, FileNotFoundError):  # not found: a new holder removed the candidate

@@ -110,6 +110,28 @@ def test_a_signal_to_every_process_of_a_job_is_left_to_the_parent():
     assert made == [described(make(number)) for number in range(4)]
 
 
+def signal_the_fork_server(number: int) -> Record | Skipped:
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
+        os.kill(os.getppid(), getattr(signal, name))
+    return make(number)
+
+
+def test_a_signal_to_every_process_of_a_job_does_not_end_the_fork_server():
+    for _ in range(2):  # the second time, the same fork server has to start new workers
+        made = [described(record) for record in records(signal_the_fork_server, range(4), SIZE, 2)]
+        assert made == [described(make(number)) for number in range(4)]
+
+
+@pytest.mark.parametrize("error", [EOFError, ConnectionRefusedError])
+def test_a_fork_server_that_is_gone_is_explained(monkeypatch, error):
+    def start(*_):
+        raise error
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", start)
+    with pytest.raises(StoppedEarly, match=r"a worker process was killed.*--workers"):
+        list(records(make, [1, 1], SIZE, 2))
+
+
 def hang(number: int) -> Record | Skipped:
     sys.stderr.write(f"{os.getpid()}\n")
     sys.stderr.flush()

@@ -335,6 +335,25 @@ def test_without_hard_links(path, monkeypatch):
     assert not list(path.parent.iterdir())
 
 
+def test_a_directory_that_is_gone_is_not_waited_for(path):
+    ended: list[Exception] = []
+
+    def wait() -> None:
+        try:
+            with lock(path):
+                pass
+        except Exception as error:
+            ended.append(error)
+
+    with lock(path):
+        waiting = threading.Thread(target=wait, daemon=True)  # without the check it never ends
+        waiting.start()
+        time.sleep(0.2)
+        shutil.rmtree(path.parent)
+        waiting.join(PATIENCE)
+    assert [type(error) for error in ended] == [FileNotFoundError]
+
+
 def test_a_full_disk_does_not_keep_a_lock(path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "full")
