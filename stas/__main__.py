@@ -7,10 +7,22 @@ takes time is.
 import os
 import sys
 
-# With `python -m`, Python would run a yaml.py of the workspace. `python -P -m stas` protects Python's own start too.
-_unsafe = __name__ == "__main__" and not getattr(sys.flags, "safe_path", False)
-if _unsafe and sys.path[0] != os.path.dirname(os.path.dirname(os.path.abspath(__file__))):  # noqa: PTH100, PTH120
-    del sys.path[0]
+
+def _leave_current_directory() -> None:
+    """Take it off the search path: after `python -m` or an empty entry in PYTHONPATH, its yaml.py would be run.
+
+    What Python imports before this is protected only by `python -P` and a PYTHONPATH without empty entries.
+    """
+    try:
+        here = os.getcwd()  # noqa: PTH109
+    except OSError:  # deleted: nothing can be imported from it
+        return
+    root = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))  # noqa: PTH120
+    if here != root:
+        sys.path[:] = [place for place in sys.path if os.path.realpath(place) != here]
+
+
+_leave_current_directory()
 
 STAGES = ("launch", "preprocess", "train", "infer", "vote", "evaluate")
 
@@ -22,7 +34,11 @@ def main() -> int:
     stage = len(sys.argv) > 1 and sys.argv[1] in STAGES
     if stage:
         listen()
-    os.environ["PYTHONSAFEPATH"] = "1"  # the same for the Python processes that this one starts
+    # The same for the Python processes that this one starts.
+    os.environ["PYTHONSAFEPATH"] = "1"
+    if "PYTHONPATH" in os.environ:
+        places = os.environ["PYTHONPATH"].split(os.pathsep)
+        os.environ["PYTHONPATH"] = os.pathsep.join(place for place in places if os.path.isabs(place))  # noqa: PTH117
     from stas.cli import main as run
 
     code = run()

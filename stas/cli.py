@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,6 +46,12 @@ def _main(arguments: Sequence[str] | None) -> int:
         import argcomplete
 
         argcomplete.autocomplete(parser)
+    if sys.getfilesystemencoding() != "utf-8":
+        return _fail(
+            f"file names are read as {sys.getfilesystemencoding()}, which loses letters: set LC_ALL=C.UTF-8, or unset "
+            "PYTHONUTF8",
+            EXIT_USAGE,
+        )
     options = parser.parse_args(arguments)
     printing.start_logging()
     keep_freed_memory()
@@ -119,6 +126,7 @@ def _preprocess(options: argparse.Namespace) -> None:
     else:
         recipes = [load_recipe(options.recipe, options.set)]
     workspace = _workspace(options)
+    _check_output(options, options.masks)
     stores: dict[StoreSpec, list[Data]] = {}
     for recipe in recipes:
         stores.setdefault(store_spec(recipe.data), []).append(recipe.data)
@@ -186,6 +194,7 @@ def _vote(options: argparse.Namespace) -> None:
             ties = ties or (None if options.soft else ensemble.ties)
         members = [workspace.predictions(_set_name(name, options)) for name in names]
         out = options.out or workspace.predictions(options.name or _set_name(VOTE, options))
+    _check_output(options, out)
     vote(
         members,
         out,
@@ -202,10 +211,13 @@ def _vote(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from stas.evaluate import evaluate
 
-    predictions = options.predictions
+    predictions, workspace, runs = options.predictions, None, None
+    _check_output(options, options.out)
     if options.ensemble:
         workspace = _workspace(options)
-        names = [*_scored_ensemble(options).runs, VOTE]
+        names = _scored_ensemble(options).runs
+        runs = [*names, None]
+        names = [*names, VOTE]
         predictions = [workspace.predictions(_set_name(name, options)) for name in names]
     evaluate(
         predictions,
@@ -215,6 +227,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         label=options.label,
         threshold=options.threshold,
         sheets=options.sheets,
+        workspace=workspace,
+        runs=runs,
     )
 
 
@@ -273,6 +287,13 @@ def _workspace(options: argparse.Namespace) -> Workspace:
     if root is None:
         raise UsageError("no workspace: give --workspace DIR or set STAS_WORKSPACE")
     return Workspace(root)
+
+
+def _check_output(options: argparse.Namespace, directory: Path | None) -> None:
+    """Refuse an output in place of the workspace's own directories."""
+    root = _workspace_root(options)
+    if root and directory:
+        Workspace(root).check_output(directory)
 
 
 def _workspace_root(options: argparse.Namespace) -> Path | None:

@@ -16,10 +16,11 @@ from stas.data.annotations import find_image, read_labelme
 from stas.data.images import MAX_IMAGE_BYTES, read_image
 from stas.data.listing import list_images
 from stas.errors import InputDataError, UsageError
+from stas.paths import Workspace
 from stas.results.foreground import Seen, check_threshold, foreground, log_seen
 from stas.results.metrics import confusion, dice
 from stas.results.predictions import Member, Members, changed, digest, list_members, read_once
-from stas.results.provenance import check_unchanged, check_vote_of
+from stas.results.provenance import check_present, check_unchanged, check_vote_of
 from stas.results.scores import csv_of, summarise, table
 from stas.results.sheets import Case, Picked, draw_overview, draw_sheet, pick_cases
 from stas.results.truth import Truth, list_truth, read_truth, unknown_label
@@ -58,6 +59,8 @@ def evaluate(
     label: str | None = None,
     threshold: float | None = None,
     sheets: int = 9,
+    workspace: Workspace | None = None,
+    runs: Sequence[str | None] | None = None,
 ) -> dict[str, Any]:
     """Score prediction sets, print a table, and write scores.csv, summary.json, sheets.png and sheets/.
 
@@ -72,14 +75,16 @@ def evaluate(
         threshold: a prediction is foreground above this value, in its file's own units, and so is a true mask that
             has more than two values; by default a prediction above 0, and no such true mask is accepted.
         sheets: how many cases to draw, a third each of the worst, the middle and the best.
+        workspace: where the runs are whose present checkpoints the predictions must be of; None: do not compare them.
+        runs: with `workspace`, the run of each of the predictions; None for a vote.
 
     Returns:
         The content of summary.json; scores by member under "members".
 
     Raises:
         UsageError: no predictions, an impossible threshold, or `out` is not an evaluation.
-        InputDataError: predictions without truth, with different cases or sizes, or not as their manifest records
-            them; or a truth that is not a mask; names them.
+        InputDataError: predictions without truth, with different cases or sizes, not as their manifest records them,
+            or not of their run's present checkpoint; or a truth that is not a mask; names them.
         StoppedEarly: a file changed while it was read.
     """
     if not predictions:
@@ -89,6 +94,8 @@ def evaluate(
     check_threshold(threshold)
     check_replaceable(out, "evaluation")
     listed = list_members(predictions)
+    if workspace:
+        check_present(listed.members, workspace, runs)
     check_vote_of(listed.members)
     truths = list_truth(truth, _label(label, listed), listed.stems, threshold)
     scored = Scored(listed, {member.name: _hashes(member) for member in listed.members}, truths, threshold)

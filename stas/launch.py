@@ -32,14 +32,11 @@ from stas.paths import STATUS_DIRECTORY
 from stas.system.heartbeat import STALLED_AFTER, hung_ranks_ended
 from stas.system.printing import close_standard_streams, complain
 from stas.system.resources import cores
-from stas.system.stop import SIGNALS, check_stop, listen, stop_asked
+from stas.system.stop import SHUTDOWN_TIMEOUT, SIGNALS, check_stop, listen, stop_asked
 
 log = logging.getLogger(__name__)
 
 RANKED = ("train", "infer")  # the stages that run as several processes
-# Seconds between SIGTERM and SIGKILL for the ranks. Longer than a checkpoint takes; shorter than Kubernetes'
-# terminationGracePeriodSeconds and Slurm's --signal lead (a test compares them).
-SHUTDOWN_TIMEOUT = 120
 # Seconds the other ranks get to exit after one has died: to log why and to finish a checkpoint.
 # torchrun gives them 30, or any amount of time if that rank only failed.
 BEREAVED_TIMEOUT = 20
@@ -50,6 +47,8 @@ RANK = """\
 import sys
 root = {root!r}
 sys.path[:] = [*([] if root in sys.path else [root]), *filter(None, sys.path)]
+from stas.system.stop import end_with
+end_with({launcher})
 from {entry} import main
 sys.exit(main())
 """
@@ -197,7 +196,7 @@ def _rank_command(stage: Sequence[str]) -> list[str]:
     """A rank's command line. A signal simply ends a rank of `infer`, whose masks are each complete or not there."""
     entry = "stas.__main__" if stage[0] == "train" else "stas.cli"
     root = str(Path(stas.__path__[0]).resolve().parent)
-    return [sys.executable, "-u", "-c", RANK.format(root=root, entry=entry), *stage]
+    return [sys.executable, "-u", "-c", RANK.format(root=root, entry=entry, launcher=os.getpid()), *stage]
 
 
 def _pass_on_signals(agent: Thread) -> None:

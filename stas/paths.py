@@ -41,6 +41,20 @@ class Workspace:
         """The pointer to the newest store for a label and a size or scale, such as 800x800 or scale0.5."""
         return self.stores / f"{check_name('label', label)}-{form}.json"
 
+    def check_output(self, directory: Path) -> None:
+        """Refuse a directory in which the stages would look for something else.
+
+        Raises:
+            UsageError: it is the workspace, or its directory of stores, runs or predictions; or inside stores or runs.
+        """
+        place = Path(os.path.realpath(directory))  # unlike `resolve`, also for links in a circle
+        root = Path(os.path.realpath(self.root))
+        taken = {root, root / "stores", root / "runs", root / "predictions"}
+        if place in taken or {root / "stores", root / "runs"} & {*place.parents}:
+            raise UsageError(
+                f"{directory}: the workspace keeps its stores, runs or predictions there: name a directory of its own"
+            )
+
     def run(self, name: str) -> "RunPaths":
         return RunPaths(self.root / "runs" / check_name("run", name))
 

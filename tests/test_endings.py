@@ -40,9 +40,11 @@ def shell(line: str, here: Path, **environment: str) -> tuple[int, str]:
 WRONG_VALUES = [
     *(
         (f"{VOTE} {option}={value!r}", f"{option}: {value!r} is not a")
-        for option in ("--workers", "--threshold", "--weights")
+        for option in ("--workers", "--weights")
         for value in ("nan", "inf", "", "-inf", "1e400", "x")
     ),
+    *((f"{VOTE} --threshold={value}", "give a number from 0 to 65534") for value in ("nan", "inf", "-inf", "1e400")),
+    *((f"{VOTE} --threshold={value!r}", "invalid float value") for value in ("", "x")),
     *((f"{VOTE} --workers={value}", "is not a whole number from 1") for value in ("-1", "0", "1.5", "9" * 5000)),
     *((f"stas launch {option} train", "is not a whole number") for option in ("--nodes 0", "--nodes=-1")),
     *((f"stas launch {option} train", "is not a whole number") for option in ("--processes 0", "--node=-1")),
@@ -57,6 +59,12 @@ WRONG_NAMES = [
     (f"stas vote --members one two three --out {'long/' * 1000}o", "too long"),
     ("stas vote --members one two three --out file/o", "Not a directory"),
     ("stas vote --members one two three --out file", "it will not be replaced"),
+    ("stas vote --members one two three --workspace w --out w", "name a directory of its own"),
+    ("stas vote --members one two three --workspace w --out w/runs", "name a directory of its own"),
+    ("stas vote --members one two three --workspace w --out w/stores/o", "name a directory of its own"),
+    ("stas evaluate --predictions one --truth two --workspace w --out w/predictions", "name a directory of its own"),
+    (f"{STORE} --recipe lite0 --workspace w --masks w/runs", "name a directory of its own"),
+    (f"LC_ALL=C PYTHONCOERCECLOCALE=0 PYTHONUTF8=0 {VOTE}", "file names are read as ascii"),
     ("ln -s loop loop; stas vote --members one two three --out loop/o", "symbolic links"),
     ("ln -s loop loop; stas vote --members one loop three --out o", "symbolic links"),
     ("mkdir .out.lock; " + VOTE, "a directory is where a file is needed"),

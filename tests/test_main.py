@@ -41,8 +41,9 @@ def caught(trap: Path) -> list[str]:
 
 
 def run_in(trap: Path, *line: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    variables = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"} | QUIET | environment
-    variables["PYTHONPATH"] = str(ROOT)
+    inherited = {key: value for key, value in os.environ.items() if key not in ("PYTHONSAFEPATH", "PYTHONPATH")}
+    variables = inherited | QUIET | environment
+    variables.setdefault("PYTHONPATH", str(ROOT))
     return subprocess.run(
         list(map(str, line)), cwd=trap, env=variables, capture_output=True, text=True, timeout=PATIENCE
     )
@@ -68,6 +69,15 @@ def test_python_m_runs_nothing_of_the_current_directory(trap: Path):
         (trap / name).unlink()
     (trap / "stas").rmdir()
     done = run_in(trap, sys.executable, "-m", "stas", "recipes")
+    assert done.returncode == EXIT_OK and not caught(trap), done.stderr
+
+
+@pytest.mark.parametrize("path", [f":{ROOT}", f"{ROOT}:", f".:{ROOT}"])
+def test_an_empty_entry_of_pythonpath_does_not_stand_for_the_current_directory(trap: Path, path: str):
+    for name in ("runpy.py", "pkgutil.py", "signal.py", "stas/__init__.py"):
+        (trap / name).unlink()
+    (trap / "stas").rmdir()
+    done = run_in(trap, script(trap.parent), "launch", "recipes", PYTHONPATH=path)
     assert done.returncode == EXIT_OK and not caught(trap), done.stderr
 
 

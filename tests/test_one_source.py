@@ -17,7 +17,7 @@ SBATCH = sorted((ROOT / "slurm").glob("*.sbatch"))
 JOB_FILES = [
     *(ROOT / "slurm").iterdir(),
     *(path for path in (ROOT / "k8s").rglob("*") if path.is_file()),
-    *(path for path in (ROOT / "docker").iterdir() if path.suffix not in (".lock", ".py")),
+    *(path for path in (ROOT / "docker").iterdir() if path.is_file() and path.suffix not in (".lock", ".py")),
     ROOT / "scripts" / "submit_slurm",
     ROOT / "scripts" / "submit_k8s",
 ]

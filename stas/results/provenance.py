@@ -140,13 +140,13 @@ def check_same_images(members: Sequence["Member"]) -> None:
         )
 
 
-def check_present(members: Sequence["Member"], workspace: Workspace, runs: Sequence[str] | None) -> None:
+def check_present(members: Sequence["Member"], workspace: Workspace, runs: Sequence[str | None] | None) -> None:
     """Refuse masks that were not predicted with their run's present checkpoint.
 
     Args:
         members: the sets. One without a manifest is accepted, unless `runs` are given.
         workspace: where their runs are.
-        runs: the run of each member; None: any.
+        runs: the run of each member, None for a vote; None: any.
 
     Raises:
         InputDataError: names each such member and why.
@@ -158,8 +158,8 @@ def check_present(members: Sequence["Member"], workspace: Workspace, runs: Seque
         raise InputDataError(
             f"{len(problems)} of {len(members)} members' masks are not known to be those of their runs' present "
             f"checkpoints:{itemised(problems)}\n"
-            "Run `stas infer` again for these members. To vote on these very masks, name their directories with "
-            "--members"
+            "Run `stas infer` again for these members. To use these very masks, name their directories with --members "
+            "(vote) or --predictions (evaluate)"
         )
 
 

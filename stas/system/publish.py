@@ -19,7 +19,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -177,13 +177,17 @@ def damage(directory: Path, *kinds: Kind) -> list[str]:
     Raises:
         InputDataError: see `read_manifest`.
     """
-    return [f"{name}: {problem}" for name, problem in _problems(directory, read_manifest(directory, *kinds)).items()]
+    problems = _problems(directory, read_manifest(directory, *kinds), _hash_or_error)
+    return [f"{name}: {problem}" for name, problem in problems.items()]
 
 
-def _problems(directory: Path, content: dict[str, Any]) -> dict[str, str]:
+def _problems(
+    directory: Path, content: dict[str, Any], hashed: Callable[[Path], str | BaseException]
+) -> dict[str, str]:
     """What is wrong with each file of a directory, by relative name, given its manifest.
 
-    All are read, because a mask that somebody corrected may have the same size.
+    All are read, because a mask that somebody corrected may have the same size. `hashed` gives a file's SHA-256, or
+    why it cannot be read.
     """
     recorded, sizes = content["files"], _sizes(directory)
     problems = dict.fromkeys((name for name in recorded if name not in sizes), MISSING)
@@ -194,7 +198,7 @@ def _problems(directory: Path, content: dict[str, Any]) -> dict[str, str]:
         if name not in problems and (size is None or size != recorded[name])
     }
     same = [name for name in sizes if name not in problems]
-    hashes = in_threads(lambda name: _hash_or_error(directory / name), same, "hash")
+    hashes = in_threads(lambda name: hashed(directory / name), same, "hash")
     return problems | {
         name: "damaged" if isinstance(found, str) else str(found)
         for name, found in zip(same, hashes, strict=True)
@@ -223,6 +227,7 @@ def check_replaceable(directory: Path, kind: Kind) -> None:
     Raises:
         UsageError: there is a file, a directory of another kind or without our manifest, or a directory in which a
             file was added or changed since it was made.
+        StoppedEarly: this machine could not read a file for now, so it is not known whether it was changed.
     """
     if directory.name in ("", ".."):
         raise UsageError(f"{directory}: has no name of its own: name a new directory, such as {directory / 'results'}")
@@ -238,7 +243,8 @@ def check_replaceable(directory: Path, kind: Kind) -> None:
             if not _files(directory):
                 return
             raise UsageError(f"{directory}: not known to be stas's own {kind} ({error}); {remedy}") from error
-        foreign = sorted(name for name, problem in _problems(directory, content).items() if problem != MISSING)
+        problems = _problems(directory, content, sha256)
+        foreign = sorted(name for name, problem in problems.items() if problem != MISSING)
         if not foreign:
             return
         if read_json(paths.manifest_file(directory)) == content:  # otherwise another process has just replaced it

@@ -4,12 +4,18 @@ A handler that raised would be swallowed by whatever `except` surrounds the line
 or in a reader that calls the file bad.
 """
 
+import os
 import signal
+import threading
+import time
 from types import FrameType
 
-from stas.errors import StoppedEarly
+from stas.errors import EXIT_FAILED, StoppedEarly
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # a scheduler's, and Slurm's warning before the walltime
+# Seconds between SIGTERM and SIGKILL for the ranks. Longer than a checkpoint takes; shorter than Kubernetes'
+# terminationGracePeriodSeconds and Slurm's --signal lead (a test compares them).
+SHUTDOWN_TIMEOUT = 120
 _asked: list[int] = []  # the signals that arrived
 
 
@@ -38,6 +44,25 @@ def check_stop() -> None:
     """
     if _asked:
         raise StoppedEarly(f"stopped by {signal.Signals(_asked[0]).name}; run the same command again to resume")
+
+
+def end_with(launcher: int) -> None:
+    """End this process, as by SIGTERM, once the launcher that started it is gone, even if that was killed.
+
+    Otherwise it would go on unseen, with the run's lock and the GPUs, after its job has ended.
+
+    Args:
+        launcher: the launcher's process number.
+    """
+    threading.Thread(target=_watch, args=(launcher,), name="launcher", daemon=True).start()
+
+
+def _watch(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(SHUTDOWN_TIMEOUT)  # it may be waiting for another rank, where it hears no signal
+    os._exit(EXIT_FAILED)
 
 
 def _note(number: int, frame: FrameType | None) -> None:

@@ -266,6 +266,25 @@ def test_a_file_that_changes_while_it_is_scored_stops_the_evaluation(tmp_path, m
     assert not (tmp_path / "scores").exists()
 
 
+def test_stale_masks_of_an_ensemble_are_not_scored(workspace, ensemble, capsys):
+    assert main(ensemble) == 0
+    truth = workspace.root / "truth"
+    shutil.copytree(workspace.predictions("one"), truth)
+    scores = [
+        "evaluate",
+        *ensemble[1:],
+        "--truth",
+        str(truth),
+        "--out",
+        str(workspace.root / "scores"),
+        "--sheets",
+        "0",
+    ]
+    assert main(scores) == 0
+    save_checkpoint(workspace, "two", b"improved")
+    assert "two: predicted with another checkpoint than the present" in refused(scores, capsys)
+
+
 def test_an_older_vote_is_not_scored_beside_newer_members(workspace, ensemble, capsys):
     assert main(ensemble) == 0
     sets = [workspace.predictions(name) for name in (*RUNS, "vote")]

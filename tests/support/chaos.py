@@ -33,6 +33,7 @@ SHOWN = 10  # failures in a message
 # Python's own: a thread that gets no memory before it says that it runs is waited for without end. With several ranks,
 # the launcher ends it. Nor can anything be done about the traceback of a fork server that gets no memory to import.
 STARTING = re.compile(r'File ".*/threading\.py", line \d+ in start\b')
+TLS = "cannot allocate memory for thread-local data"  # glibc ends a process that has none, with exit code 127
 DEATHS = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)  # libraries in C and Rust that get no memory
 
 
@@ -158,6 +159,9 @@ class Walk:
         memory = fault.kinds == MEMORY or bool(fault.limit)
         if memory and -code in DEATHS:  # as good as killed
             self.outcomes[f"died of {signal.Signals(-code).name}"] += 1
+            return
+        if memory and code == 127 and TLS in outcome.said:
+            self.outcomes["died in the C library"] += 1
             return
         if memory and code == HUNG and STARTING.search(outcome.said):
             self.outcomes["hung in Thread.start"] += 1

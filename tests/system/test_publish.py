@@ -5,10 +5,11 @@ import hashlib
 import json
 from pathlib import Path
 from random import Random
+from unittest.mock import Mock
 
 import pytest
 
-from stas.errors import InputDataError, UsageError
+from stas.errors import InputDataError, StoppedEarly, UsageError
 from stas.system import publish
 from stas.system.publish import (
     Output,
@@ -218,6 +219,13 @@ def test_a_file_that_the_disk_does_not_give_is_damage(tmp_path: Path, monkeypatc
     monkeypatch.setattr(publish, "sha256", failing)
     (problem,) = damage(output.directory, "vote")
     assert problem.startswith("a.png: ") and "Input/output error" in problem
+
+
+def test_a_disk_that_fails_for_now_does_not_make_a_file_a_changed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    output = made(tmp_path / "set")
+    monkeypatch.setattr(publish, "sha256", Mock(side_effect=StoppedEarly("not now")))
+    with pytest.raises(StoppedEarly, match="not now"):
+        check_replaceable(output.directory, "vote")
 
 
 def test_a_manifest_that_could_not_be_read_again_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

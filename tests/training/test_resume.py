@@ -192,6 +192,18 @@ def test_a_killed_rank_ends_the_others_and_the_log_names_it(store_workspace: Wor
     assert "rank      : 1" in said and "SIGKILL" in said, said
 
 
+def test_ranks_end_with_a_launcher_that_was_killed(store_workspace: Workspace, tiny: Recipe, tmp_path: Path):
+    path = recipe_file(endless_recipe(tiny), tmp_path)
+    run = store_workspace.run("left")
+    with start("train", "--recipe", path, "--workspace", store_workspace.root, "--run", "left", ranks=2) as process:
+        assert wait_for_epochs(process, run, 2)
+        ranks = ranks_of(process)
+        process.kill()
+        wait_until(lambda: all(not rank.is_running() or rank.status() == "zombie" for rank in ranks), "both ranks' end")
+    assert not lock_file(run.root).exists()
+    assert position(run) > (2, 0)
+
+
 # Rank 1 waits in a C function, as it would inside NCCL, where a signal only sets a flag. Rank 0 fails and waits for its
 # peer before it ends, as NCCL may make it; or it waits to be killed.
 DEAF = """
