@@ -12,7 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from ctypes import Array
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,6 +54,7 @@ def records(
     # Not fork: the caller may have threads. The server imports the module once for all workers.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([make.__module__])
+    resource_tracker.ensure_running()  # which would let SIGTERM through again, if it were started in the block
     with _held_back():
         forkserver.ensure_running()
     count = min(2 * workers, len(items))

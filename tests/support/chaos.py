@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from hashlib import sha256
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,7 @@ def _child(
         os.dup2(errors, 2)
         os.dup2(errors, 1)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        _forget_fork_server()
         printing.start_logging()  # it also says what becomes of errors in threads, which pytest would swallow
         faulthandler.disable()  # pytest's would write to its own stderr; `Walk.survives` judges a crash
         faulthandler.dump_traceback_later(PATIENCE - 5, file=sys.stderr)
@@ -255,6 +257,12 @@ def _child(
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
+
+
+def _forget_fork_server() -> None:
+    """Let this forked process start a fork server of its own: one that pytest started is no child of it."""
+    server: Any = vars(forkserver)["_forkserver"]
+    server._forkserver_pid = server._forkserver_address = server._forkserver_alive_fd = None
 
 
 def _wait(pid: int, seconds: float) -> int:
