@@ -167,19 +167,10 @@ def digest(files: Iterable[Path], hashes: Iterable[str] | None = None) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def pixel_digest(masks: Sequence[Path], workers: int | None = None) -> str:
-    """One SHA-256 of many masks: of their names, sizes and pixels in the given order.
-
-    It does not depend on how the files were compressed: ISA-L's bytes differ by kind of processor.
-
-    Raises:
-        InputDataError: a mask cannot be read.
-    """
-    return digest(masks, [pixels for pixels, _ in pixel_hashes(masks, workers)])
-
-
 def pixel_hashes(masks: Sequence[Path], workers: int | None = None) -> list[tuple[str, str]]:
     """The SHA-256 of each mask's size and pixels, and of its file.
+
+    The first does not depend on how the file was compressed: ISA-L's bytes differ by kind of processor.
 
     Raises:
         InputDataError: a mask cannot be read.

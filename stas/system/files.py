@@ -61,11 +61,6 @@ def named_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def disk_trouble(error: OSError) -> str | None:
-    """The problem and its remedy if a disk is full, read-only or failing; None for any other error."""
-    return _told(error, _REMEDIES[error.errno]) if error.errno in _REMEDIES else None
-
-
 def system_trouble(error: OSError) -> tuple[str, int] | None:
     """What the system refused, with the file and a remedy, and the exit code for it.
 

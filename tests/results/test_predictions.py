@@ -7,7 +7,7 @@ from PIL import Image
 from stas.data.images import read_grey, write_mask
 from stas.errors import InputDataError, UsageError
 from stas.results.foreground import foreground
-from stas.results.predictions import digest, list_members, log_graded, pixel_digest
+from stas.results.predictions import digest, list_members, log_graded, pixel_hashes
 from stas.system.publish import Output, building, write_manifest
 
 MASK = np.array([[0, 1, 1], [0, 0, 1]], bool)
@@ -109,7 +109,7 @@ def test_digest_changes_with_content_and_name(tmp_path):
     assert digest(files) == digest(files)
 
 
-def test_pixel_digest_changes_with_everything_but_the_packing(tmp_path):
+def test_a_digest_of_pixels_changes_with_everything_but_the_packing(tmp_path):
     """Of 0 and 1, or of 8 and 16 bit, the same pattern is another mask: a threshold sees the values."""
     pattern = np.random.default_rng(0).random((5, 16)) < 0.5
     grey = pattern * np.uint8(200)
@@ -123,7 +123,7 @@ def test_pixel_digest_changes_with_everything_but_the_packing(tmp_path):
     def of(pixels, name="a.png", **options):
         file = tmp_path / name
         Image.fromarray(pixels.astype(np.uint8) if pixels.dtype == bool else pixels).save(file, **options)
-        return pixel_digest([file])
+        return digest([file], [pixel_hashes([file])[0][0]])
 
     mask = pattern * np.uint8(255)
     assert of(mask, compress_level=0) == of(mask, compress_level=9)

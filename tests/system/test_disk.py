@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from stas.system.files import disk_trouble, exchange
+from stas.errors import EXIT_FAILED
+from stas.system.files import exchange, system_trouble
 from tests.support.launch import stas
 from tests.support.runs import recipe_file
 from tests.support.stages import content, finished, stages  # noqa: F401  a fixture
@@ -18,16 +19,13 @@ from tests.support.stages import content, finished, stages  # noqa: F401  a fixt
 pytestmark = pytest.mark.slow
 
 
-def test_only_what_a_person_can_mend_is_told_without_traceback():
-    told = disk_trouble(OSError(errno.ENOSPC, "No space left on device", "/tmp/gone/a.png"))
-    assert (
-        told
-        and told.startswith("/tmp/gone/a.png: No space left on device (")
-        and "run the same command again to resume" in told
-    )
-    assert disk_trouble(OSError(errno.EROFS, "Read-only file system")) is not None
-    assert disk_trouble(OSError(errno.EBADF, "Bad file descriptor")) is None
-    assert disk_trouble(OSError("no number")) is None
+def test_what_the_system_refuses_is_told_without_traceback():
+    trouble = system_trouble(OSError(errno.ENOSPC, "No space left on device", "/tmp/gone/a.png"))
+    assert trouble and trouble[1] == EXIT_FAILED
+    assert trouble[0].startswith("/tmp/gone/a.png: No space left on device (")
+    assert "run the same command again to resume" in trouble[0]
+    assert system_trouble(OSError(errno.EROFS, "Read-only file system")) is not None
+    assert system_trouble(OSError("no number")) is None
 
 
 def test_exchange(tmp_path: Path):
